@@ -1,0 +1,8 @@
+"""llava_fast: train and run LLaVA ("Visual Instruction Tuning") on packed tokens."""
+
+from llava_fast.batch import PackedBatch
+from llava_fast.config import ModelConfig
+from llava_fast.model import Llava
+
+__version__ = "0.1.0.dev0"
+__all__ = ["Llava", "ModelConfig", "PackedBatch"]

@@ -1,0 +1,20 @@
+"""llava-fast: the command lines of the package as subcommands."""
+
+from __future__ import annotations
+
+import sys
+
+from llava_fast.train.__main__ import main as train
+
+COMMANDS = {"train": train}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print(f"usage: llava-fast {{{','.join(COMMANDS)}}} ...\n       llava-fast COMMAND --help", file=sys.stderr)
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    return COMMANDS[sys.argv[1]](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

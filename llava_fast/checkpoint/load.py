@@ -1,0 +1,122 @@
+"""Finding out which format a checkpoint directory has, from its config and keys and never from its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llava_fast.checkpoint import authors, huggingface
+from llava_fast.checkpoint.dtypes import first_dtype
+from llava_fast.checkpoint.files import SHARD_BYTES, read_json
+from llava_fast.checkpoint.names import EMBEDDING, Source, fill
+from llava_fast.config import ModelConfig
+from llava_fast.errors import CheckpointError, ConfigError
+from llava_fast.model import Llava
+
+FORMATS = ("hf", "authors")
+
+
+def load_model(
+    path: Path | str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
+    vision_tower: Path | str | None = None,
+    base: Path | str | None = None,
+) -> Llava:
+    """The model in a directory of transformers' or of the authors' kind.
+
+    The model is made empty and filled in place, tensor by tensor: its weights exist once.
+
+    Args:
+        path: the directory.
+        device: where to make it; default the CPU.
+        dtype: default the checkpoint's own: what its config names, else that of its token embeddings.
+        attention: as for :class:`Llava`.
+        vision_tower: the CLIP directory of an authors' checkpoint, when it is not where ``mm_vision_tower`` says.
+        base: the LLaMA directory to which an authors' delta checkpoint is added.
+
+    Raises:
+        CheckpointError: not a LLaVA checkpoint, a kind that is not supported, a damaged file, or tensors that are
+            missing, unexpected or mis-shaped.
+        ConfigError: a config that cannot work.
+    """
+    config, sources = _open(Path(path), vision_tower, base)
+    embedding = next((s.entries[EMBEDDING] for s in sources if EMBEDDING in s.entries), None)
+    model = Llava(
+        config, device=device, dtype=dtype or first_dtype(config.dtype, embedding), seed=None, attention=attention
+    )
+    fill(model, sources, where=Path(path))
+    return model
+
+
+def config_of(path: Path | str, *, vision_tower: Path | str | None = None) -> ModelConfig:
+    """The config of a checkpoint directory, no weights read; raises as :func:`load_model` does."""
+    directory = Path(path)
+    if _is_authors(directory):
+        return authors.AuthorsCheckpoint(directory, vision_tower=vision_tower).config
+    return huggingface.read_config(directory)
+
+
+def save_model(
+    model: Llava, directory: Path | str, *, format: str = "hf", shard_bytes: int = SHARD_BYTES
+) -> ModelConfig:
+    """Write the model as transformers' ("hf") or the authors' ("authors") kind of directory, without tokenizer files.
+
+    Returns:
+        The config as written: "hf" gives the model an image token inside its vocabulary where it has none.
+
+    Raises:
+        ConfigError: unknown format.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format={format!r} is not known; choose one of {', '.join(FORMATS)}")
+    if format == "hf":
+        return huggingface.write(model, directory, shard_bytes=shard_bytes, image_token_id=image_token_id)
+    authors.write(model, directory, shard_bytes=shard_bytes)
+    return model.config
+
+
+def _open(
+    directory: Path, vision_tower: Path | str | None, base: Path | str | None
+) -> tuple[ModelConfig, list[Source]]:
+    if _is_authors(directory):
+        checkpoint = authors.AuthorsCheckpoint(directory, vision_tower=vision_tower, base=base)
+        return checkpoint.config, checkpoint.sources()
+    if vision_tower is not None or base is not None:
+        given = "vision_tower" if vision_tower is not None else "base"
+        raise CheckpointError(
+            f"{directory} is a transformers LLaVA checkpoint, which is whole; {given} belongs to the authors' format"
+        )
+    config = huggingface.read_config(directory)
+    return config, huggingface.sources(directory, config)
+
+
+def _is_authors(directory: Path) -> bool:
+    """Whether the directory is of the authors' kind; it is of transformers' otherwise.
+
+    Raises:
+        CheckpointError: it is neither, with what it is instead.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no directory; give the folder that holds config.json and the weights")
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory} holds a LoRA adapter, which is not supported; merge it into its base model first"
+        )
+    fields = read_json(directory / "config.json")
+    if authors.is_authors(fields):
+        return True
+    kind = fields.get("model_type")
+    if kind == "llava":
+        return False
+    if kind in ("llama", "clip", "clip_vision_model"):
+        raise CheckpointError(
+            f"{directory} is a {kind} checkpoint, one part of LLaVA; llava_fast.checkpoint.join makes a model of a "
+            f"CLIP and a LLaMA directory"
+        )
+    raise CheckpointError(
+        f"{directory}: model_type={kind!r} in config.json is not supported; llava_fast reads LLaVA v0 to 1.5"
+    )

@@ -1,0 +1,226 @@
+"""The table of names: which rows of our parameters hold which tensor of a checkpoint.
+
+Canonical names are those of the transformers LLaVA files on the hub. Ours differ in that query, key and value, and
+gate and up, are one matrix each. Every part is a run of rows, so a merged matrix is filled and written by views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava_fast.checkpoint.files import Entry, TensorFiles, shorten
+from llava_fast.config import ModelConfig
+from llava_fast.errors import CheckpointError
+from llava_fast.model import Llava
+
+VISION = "vision_tower.vision_model."
+TEXT = "language_model.model."
+HEAD = "language_model.lm_head.weight"
+EMBEDDING = "language_model.model.embed_tokens.weight"
+PROJECTOR = "multi_modal_projector."
+
+Parts = dict[str, list[tuple[str, slice]]]
+
+
+def canonical_parts(config: ModelConfig) -> Parts:
+    """For each of our parameters the canonical tensors that it holds, each with its rows, first to last."""
+    return _vision_parts(config) | _projector_parts(config) | _text_parts(config)
+
+
+def _vision_parts(config: ModelConfig) -> Parts:
+    vision = config.vision
+    dim, inner = vision.hidden_size, vision.intermediate_size
+    ours, theirs = "vision_tower.", VISION
+    parts: Parts = {
+        f"{ours}class_embedding": [(f"{theirs}embeddings.class_embedding", slice(0, dim))],
+        f"{ours}patch_embedding": [(f"{theirs}embeddings.patch_embedding.weight", slice(0, dim))],
+        f"{ours}position_embedding": [
+            (f"{theirs}embeddings.position_embedding.weight", slice(0, 1 + vision.num_patches))
+        ],
+    }
+
+    def add(our: str, pieces: list[tuple[str, int]]) -> None:
+        for kind in ("weight", "bias"):
+            parts[f"{ours}{our}.{kind}"] = _stack([(f"{theirs}{piece}.{kind}", rows) for piece, rows in pieces])
+
+    add("pre_norm", [("pre_layrnorm", dim)])  # transformers' spelling
+    add("post_norm", [("post_layernorm", dim)])
+    for i in range(vision.num_hidden_layers):
+        our, their = f"layers.{i}", f"encoder.layers.{i}"
+        add(f"{our}.norm1", [(f"{their}.layer_norm1", dim)])
+        add(f"{our}.qkv", [(f"{their}.self_attn.{x}_proj", dim) for x in "qkv"])
+        add(f"{our}.out", [(f"{their}.self_attn.out_proj", dim)])
+        add(f"{our}.norm2", [(f"{their}.layer_norm2", dim)])
+        add(f"{our}.fc1", [(f"{their}.mlp.fc1", inner)])
+        add(f"{our}.fc2", [(f"{their}.mlp.fc2", dim)])
+    return parts
+
+
+def _projector_parts(config: ModelConfig) -> Parts:
+    layers = ("linear_1", "linear_2") if config.projector == "mlp2x_gelu" else ("linear_1",)
+    rows = slice(0, config.text.hidden_size)
+    return {
+        f"projector.{layer}.{kind}": [(f"{PROJECTOR}{layer}.{kind}", rows)]
+        for layer in layers
+        for kind in ("weight", "bias")
+    }
+
+
+def _text_parts(config: ModelConfig) -> Parts:
+    text = config.text
+    dim, inner, vocab = text.hidden_size, text.intermediate_size, text.vocab_size
+    q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    parts: Parts = {"decoder.embed_tokens": [(EMBEDDING, slice(0, vocab))]}
+    parts["decoder.norm.weight"] = [(f"{TEXT}norm.weight", slice(0, dim))]
+    if not text.tie_word_embeddings:
+        parts["lm_head.weight"] = [(HEAD, slice(0, vocab))]
+    for i in range(text.num_hidden_layers):
+        pieces = {
+            "attention_norm": [("input_layernorm", dim)],
+            "qkv": [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
+            "out": [("self_attn.o_proj", dim)],
+            "mlp_norm": [("post_attention_layernorm", dim)],
+            "gate_up": [("mlp.gate_proj", inner), ("mlp.up_proj", inner)],
+            "down": [("mlp.down_proj", dim)],
+        }
+        for our, named in pieces.items():
+            parts[f"decoder.layers.{i}.{our}.weight"] = _stack(
+                [(f"{TEXT}layers.{i}.{piece}.weight", rows) for piece, rows in named]
+            )
+    return parts
+
+
+def _stack(pieces: list[tuple[str, int]]) -> list[tuple[str, slice]]:
+    stacked, start = [], 0
+    for name, rows in pieces:
+        stacked.append((name, slice(start, start + rows)))
+        start += rows
+    return stacked
+
+
+def canonical_tensors(model: Llava) -> dict[str, Tensor]:
+    """The model's weights under their canonical names, as views: writing to them changes the model."""
+    params = dict(model.named_parameters())
+    return {
+        name: params[ours].detach()[rows]
+        for ours, parts in canonical_parts(model.config).items()
+        for name, rows in parts
+    }
+
+
+@dataclass
+class Source:
+    """Where some of the canonical tensors come from.
+
+    Attributes:
+        entries: what it holds, by canonical name.
+        stream: yields each of them once, host tensors that are valid until the next is asked for.
+    """
+
+    entries: dict[str, Entry]
+    stream: Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+def from_files(files: TensorFiles, canonical: Callable[[str], str | None]) -> Source:
+    """The tensors of ``files``, each under ``canonical(name)``; None leaves a tensor out.
+
+    Raises:
+        CheckpointError: two tensors take the same name.
+    """
+    names: dict[str, str] = {}
+    for name in files.entries:
+        target = canonical(name)
+        if target is not None and names.setdefault(target, name) != name:
+            raise CheckpointError(
+                f"{files.entries[name].file}: {names[target]} and {name} are two spellings of one tensor; keep one"
+            )
+    spelled = {name: target for target, name in names.items()}
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in files.stream(spelled):
+            yield spelled[name], tensor
+
+    return Source({target: files.entries[name] for target, name in names.items()}, stream)
+
+
+def from_memory(tensors: dict[str, Tensor], file: Path) -> Source:
+    """Tensors that are already here; ``file`` is where they came from, for messages."""
+    return Source(
+        {name: Entry(name, tuple(t.shape), t.dtype, file) for name, t in tensors.items()}, lambda: iter(tensors.items())
+    )
+
+
+@torch.no_grad()
+def fill(model: Llava, sources: list[Source], *, where: Path, only: str = "") -> None:
+    """Fill the model's weights in place, each tensor copied from its source to its rows and cast on the way.
+
+    Args:
+        model: any device and dtype.
+        sources: together they must hold every canonical tensor once and no other.
+        where: the checkpoint, for messages.
+        only: the weights whose canonical names begin so; default all.
+
+    Raises:
+        CheckpointError: before anything is copied, one error that lists every missing, unexpected, repeated or
+            mis-shaped tensor.
+    """
+    targets = {name: view for name, view in canonical_tensors(model).items() if name.startswith(only)}
+    check({name: tuple(view.shape) for name, view in targets.items()}, sources, where)
+    for source in sources:
+        for name, tensor in source.stream():
+            targets[name].copy_(tensor)
+            del tensor  # the source may drop its map
+
+
+def check(needed: dict[str, tuple[int, ...]], sources: list[Source], where: Path) -> None:
+    """Raise one CheckpointError for everything in which the tensors of ``sources`` differ from name -> shape."""
+    found: dict[str, Entry] = {}
+    repeated = []
+    for source in sources:
+        repeated += [f"{n} ({found[n].file} and {e.file})" for n, e in source.entries.items() if n in found]
+        found |= source.entries
+    missing = [name for name in needed if name not in found]
+    unexpected = [f"{entry.name} {entry.shape} in {entry.file}" for name, entry in found.items() if name not in needed]
+    misshaped = [
+        f"{found[name].name} is {found[name].shape} in {found[name].file}, the config makes it {shape}"
+        for name, shape in needed.items()
+        if name in found and found[name].shape != shape
+    ]
+    not_float = [
+        f"{found[name].name} in {found[name].file}"
+        for name in needed
+        if name in found and not found[name].dtype.is_floating_point
+    ]
+    problems = [
+        f"{len(names)} {what}: {shorten(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshaped),
+            ("in two places", repeated),
+            ("not floating point", not_float),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"the weights of {where} do not fit: {'; '.join(problems)}{_hint(found)}")
+
+
+def _hint(found: dict[str, Entry]) -> str:
+    """What usually made tensors of a strange shape."""
+    if any(entry.shape == (0,) for entry in found.values()):
+        return (
+            ". Tensors of shape (0,) were saved under DeepSpeed ZeRO-3 without gathering their parts: save again with "
+            "stage3_gather_16bit_weights_on_model_save, or convert with DeepSpeed's zero_to_fp32.py"
+        )
+    if any(not e.dtype.is_floating_point or (len(e.shape) == 2 and e.shape[1] == 1) for e in found.values()):
+        return (
+            ". Integer tensors, or of shape (n, 1), are packed 4-bit or 8-bit weights: save the model from a load "
+            "without quantization"
+        )
+    return ""

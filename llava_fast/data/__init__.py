@@ -1,0 +1,1 @@
+"""Data: conversation files, converters, packing and loading."""

@@ -1,0 +1,199 @@
+"""From samples to packed batches: lengths measured once, bins planned, batches made lazily in worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from llava_fast.batch import PackedBatch
+from llava_fast.data.packing import plan_bins
+from llava_fast.errors import ImageError, LlavaError, SampleError
+from llava_fast.processor import Encoded, Processor
+
+Bad = tuple[str, str]  # (sample id, why it cannot be used)
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How conversations become tokens and labels; see :meth:`llava_fast.processor.Processor.encode`."""
+
+    mask: str = "answers"
+    image_position: str = "as_written"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every optimizer step of a run will read: a list of bins a step, each (epoch, sample indices).
+
+    Attributes:
+        steps: steps[i] is the list of bins of step i.
+        bin_tokens: capacity of a bin.
+        fill: share of all bins' capacity that holds tokens.
+    """
+
+    steps: list[list[tuple[int, np.ndarray]]]
+    bin_tokens: int
+    fill: float
+
+
+class Lengths(Dataset):
+    """Sample index -> its number of tokens, 0 when it cannot be used, and why.
+
+    A random image place is measured as the first one; the other can differ by a token or two, which bins can bear.
+    """
+
+    def __init__(self, samples: Sequence[dict[str, Any]], processor: Processor, options: EncodeOptions):
+        self.samples, self.processor = samples, processor
+        position = "first" if options.image_position == "random" else options.image_position
+        self.options = EncodeOptions(options.mask, position, options.seed)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[int, Bad | None]:
+        try:
+            return len(self.processor.encode(self.samples[index], **vars(self.options)).input_ids), None
+        except SampleError as error:
+            return 0, (error.sample_id, error.message)
+
+
+def measure(
+    samples: Sequence[dict[str, Any]], processor: Processor, options: EncodeOptions, workers: int = 0
+) -> tuple[np.ndarray, list[Bad]]:
+    """Token lengths of all samples, (n,) int64 with 0 where a sample cannot be used, and the list of those."""
+    loader = DataLoader(
+        Lengths(samples, processor, options),
+        batch_size=64,
+        collate_fn=list,
+        num_workers=workers if len(samples) > 2000 else 0,
+        worker_init_fn=_leave_interrupts_to_parent,
+    )
+    bar = tqdm(total=len(samples), desc="tokenizing", unit="sample", leave=False, delay=2)
+    lengths, bad = [], []
+    for rows in loader:
+        lengths += [length for length, _ in rows]
+        bad += [fault for _, fault in rows if fault]
+        bar.update(len(rows))
+    bar.close()
+    return np.array(lengths, dtype=np.int64), bad
+
+
+def plan_run(lengths: np.ndarray, *, batch_size: int, max_tokens: int, epochs: int, seed: int) -> Plan:
+    """Pack every epoch anew and group the bins into optimizer steps of ``batch_size`` samples on average.
+
+    ``max_tokens`` is what fits the memory. The bins are made as much smaller as it takes for a whole number of them to
+    hold ``batch_size`` average samples, so that a recipe's batch size means what its author meant.
+
+    Raises:
+        LlavaError: no usable sample, or one that is longer than ``max_tokens``.
+    """
+    usable = np.flatnonzero(lengths)
+    if not len(usable):
+        raise LlavaError("no usable sample in the training data")
+    if lengths.max() > max_tokens:
+        raise LlavaError(
+            f"the longest sample has {lengths.max()} tokens and max_tokens is {max_tokens}; "
+            f"raise --max-tokens or lower --max-length"
+        )
+    step_tokens = int(min(batch_size, len(usable)) * lengths[usable].mean()) + 1
+    bins_per_step = -(-step_tokens // max_tokens)
+    bin_tokens = max(int(lengths.max()), -(-step_tokens // bins_per_step))
+    steps = []
+    used = capacity = 0
+    for epoch in range(epochs):
+        bins = [usable[b] for b in plan_bins(lengths[usable], bin_tokens, seed=seed + 7919 * epoch)]
+        used += int(lengths[usable].sum())
+        capacity += bin_tokens * len(bins)
+        steps += [[(epoch, b) for b in bins[i : i + bins_per_step]] for i in range(0, len(bins), bins_per_step)]
+    return Plan(steps, bin_tokens, used / capacity)
+
+
+class Bins(Dataset):
+    """Bin number -> (PackedBatch or None when every sample in it is bad, the bad ones). Decodes images."""
+
+    def __init__(
+        self,
+        samples: Sequence[dict[str, Any]],
+        processor: Processor,
+        bins: list[tuple[int, np.ndarray]],
+        options: EncodeOptions,
+    ):
+        self.samples, self.processor, self.bins, self.options = samples, processor, bins, options
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, number: int) -> tuple[PackedBatch | None, list[Bad]]:
+        epoch, indices = self.bins[number]
+        good: list[Encoded] = []
+        bad: list[Bad] = []
+        for index in indices:
+            try:
+                good.append(self.processor.encode(self.samples[int(index)], epoch=epoch, **vars(self.options)))
+            except SampleError as error:
+                bad.append((error.sample_id, error.message))
+        try:
+            return (self.processor.collate(good) if good else None), bad
+        except ImageError:
+            whole, broken = self._sort_out(good)
+            return (self.processor.collate(whole) if whole else None), bad + broken
+
+    def _sort_out(self, encoded: list[Encoded]) -> tuple[list[Encoded], list[Bad]]:
+        """Those whose images can all be read, and the others. Reads them a second time: bad images are rare."""
+        whole, broken = [], []
+        for one in encoded:
+            try:
+                for source in one.images:
+                    self.processor.image(source)
+                whole.append(one)
+            except ImageError as error:
+                broken.append((one.sample_id, str(error)))
+        return whole, broken
+
+
+def load_steps(
+    samples: Sequence[dict[str, Any]],
+    processor: Processor,
+    plan: Plan,
+    options: EncodeOptions,
+    *,
+    start: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[tuple[list[PackedBatch], list[Bad]]]:
+    """The batches of step ``start`` and every later one, in the plan's order, prefetched by ``workers`` processes."""
+    sizes = [len(bins) for bins in plan.steps[start:]]
+    bins = [b for step in plan.steps[start:] for b in step]
+    loader = DataLoader(
+        Bins(samples, processor, bins, options),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_interrupts_to_parent,
+        generator=torch.Generator(),  # of its own, so that loading draws nothing from the global one
+        pin_memory=pin_memory,
+    )
+    stream = iter(loader)
+    for size in sizes:
+        loaded = [next(stream) for _ in range(size)]
+        batches = [batch for batch, _ in loaded if batch is not None and batch.num_supervised]
+        yield batches, [fault for _, faults in loaded for fault in faults]
+
+
+def fingerprint(lengths: np.ndarray) -> str:
+    """A short hash that tells whether two runs read the same data."""
+    return hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

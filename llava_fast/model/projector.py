@@ -1,0 +1,32 @@
+"""The projector W between vision tower and decoder: linear (the paper) or a two-layer MLP (LLaVA-1.5)."""
+
+from __future__ import annotations
+
+import torch
+from llava_kernels import linear_gelu, project_splice
+from torch import Tensor, nn
+
+from llava_fast.batch import PackedBatch
+from llava_fast.config import ModelConfig
+
+
+class Projector(nn.Module):
+    """``linear_1`` alone, or ``linear_2(gelu(linear_1(x)))``. The last product is fused with the splice."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        dim = config.text.hidden_size
+        self.linear_1 = nn.Linear(config.vision.hidden_size, dim, dtype=dtype, device=device)
+        self.linear_2 = (
+            nn.Linear(dim, dim, dtype=dtype, device=device) if config.projector == "mlp2x_gelu" else None
+        )
+
+    def forward(self, features: Tensor, embedding: Tensor, batch: PackedBatch) -> Tensor:
+        """features: (N, n, C) of the batch's images, embedding: (V, D) token table -> decoder input (T, D)."""
+        last = self.linear_1
+        if self.linear_2 is not None:
+            features = linear_gelu(features, self.linear_1.weight, self.linear_1.bias)
+            last = self.linear_2
+        return project_splice(
+            features, last.weight, last.bias, embedding, batch.input_ids, batch.image_rows, batch.text_rows
+        )

@@ -1,0 +1,80 @@
+"""Recipe: every choice of a training stage, and the named recipes of the paper and of LLaVA-1.5."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava_fast.errors import ConfigError
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training stage. Each field is an option of the command line."""
+
+    stage: int = option(1, "1 trains the projector alone, 2 the projector and the decoder")
+    epochs: int = option(1, "passes over the data")
+    batch_size: int = option(128, "samples in an optimizer step, on average: samples are packed into bins")
+    lr: float = option(2e-3, "peak learning rate")
+    projector_lr: float | None = option(None, "the projector's own peak learning rate (mm_projector_lr)")
+    warmup_ratio: float = option(0.03, "share of the steps with a rising learning rate; a cosine to 0 follows")
+    weight_decay: float = option(0.0, "AdamW's, on matrices only")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip")
+    template: str | None = option(None, "conversation template; default the model's")
+    mask: str = option("answers", "what is learned: answers and their stops, or what the authors' code trains", ("answers", "official"))
+    image_position: str = option(
+        "random",
+        "image before or after the first question: drawn at random (equation 2), always first, or as the data has it",
+        ("random", "first", "as_written"),
+    )
+    max_length: int = option(2048, "longest sample in tokens, image rows counted; the rest is cut off")
+    max_tokens: int = option(8192, "most tokens in a forward pass; a step takes several when its samples need more")
+    seed: int = option(0, "of the data order, the image placement and fresh weights")
+    activation_checkpointing: bool = option(False, "recompute each decoder layer in the backward pass to save memory")
+    log_every: int = option(10, "steps between two log lines")
+    save_every: int = option(200, "steps between two checkpoints")
+    keep: int = option(2, "checkpoints that are kept")
+    eval_every: int = option(200, "steps between two evaluations, when there is evaluation data")
+    on_bad_sample: str = option("stop", "a sample that cannot be used stops the run, or is skipped and counted", ("stop", "skip"))
+    workers: int | None = option(None, "data worker processes; default one a core up to 8, less the main one")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_length", "max_tokens", "log_every", "save_every", "keep", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.stage not in (1, 2):
+            raise ConfigError(f"stage={self.stage} does not exist; choose 1 (projector) or 2 (projector and decoder)")
+        if self.lr <= 0:
+            raise ConfigError(f"lr={self.lr} must be above 0")
+
+
+_ALIGN = {"stage": 1, "lr": 2e-3, "batch_size": 128}
+_INSTRUCT = {"stage": 2, "lr": 2e-5, "batch_size": 32, "epochs": 3}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # "Visual Instruction Tuning", section 5 and appendix C: AdamW without weight decay, cosine, 3% warm-up.
+    "paper-stage1": {**_ALIGN, "template": "v0"},
+    "paper-stage2": {**_INSTRUCT, "template": "v0"},
+    "scienceqa": {**_INSTRUCT, "epochs": 12, "template": "v0"},
+    # LLaVA-1.5: captions alone in stage 1, the v1 conversation in stage 2.
+    "llava-1.5-stage1": {"stage": 1, "lr": 1e-3, "batch_size": 256, "template": "plain", "image_position": "first"},
+    "llava-1.5-stage2": {"stage": 2, "lr": 2e-5, "batch_size": 128, "template": "v1", "image_position": "first"},
+    # The built-in demonstration.
+    "tiny-stage1": {"stage": 1, "lr": 5e-3, "batch_size": 64, "template": "plain", "log_every": 5, "save_every": 50},
+    "tiny-stage2": {"stage": 2, "lr": 1e-3, "batch_size": 48, "template": "v1", "log_every": 5, "save_every": 50},
+}
+
+
+def recipe(name: str, **changes: Any) -> Recipe:
+    """The named recipe with some fields changed.
+
+    Raises:
+        ConfigError: no recipe has that name, or a value that cannot work.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"recipe={name!r} is not known; choose one of {', '.join(RECIPES)}")
+    return Recipe(**{**RECIPES[name], **changes})

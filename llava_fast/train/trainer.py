@@ -1,0 +1,427 @@
+"""One training stage: the loop, its evaluation, its checkpoints and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_fast.batch import PackedBatch
+from llava_fast.checkpoint import save_projector
+from llava_fast.data.loader import EncodeOptions, Plan, fingerprint, load_steps, measure, plan_run
+from llava_fast.errors import ConfigError, LlavaError, SampleError, TrainingError
+from llava_fast.model import Llava
+from llava_fast.pretrained import save
+from llava_fast.processor import Processor
+from llava_fast.train import checkpoints
+from llava_fast.train.flops import peak_of, step_flops
+from llava_fast.train.log import Log, plot_losses
+from llava_fast.train.optimizer import MasterAdamW, cosine
+from llava_fast.train.recipe import Recipe
+
+Samples = Sequence[dict[str, Any]]
+
+
+@dataclass
+class StepResult:
+    """One optimizer step, its numbers still on the device."""
+
+    step: int
+    loss: Tensor  # () mean over the supervised tokens of the global batch
+    grad_norm: Tensor  # ()
+    sample_ids: list[str]
+    tokens: int
+    supervised: int
+    flops: float
+    lr: float
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved, and can be started again."""
+
+
+class Trainer:
+    """Trains one stage.
+
+    Args:
+        model: on the device and in the dtype to compute in. The vision tower is frozen; stage 1 trains the projector,
+            stage 2 the projector and the decoder.
+        processor: the model's.
+        recipe: every choice of the stage.
+        samples: LLaVA JSON samples.
+        out: folder of the run. A run that was started there with the same recipe and data goes on.
+        eval_samples: held-out samples whose loss is taken during the run.
+        wandb: Weights & Biases project.
+    """
+
+    def __init__(
+        self,
+        model: Llava,
+        processor: Processor,
+        recipe: Recipe,
+        samples: Samples,
+        out: Path,
+        *,
+        eval_samples: Samples | None = None,
+        wandb: str | None = None,
+    ):
+        self.model, self.recipe, self.samples, self.out = model, recipe, samples, out
+        self.processor = processor
+        self.eval_samples = eval_samples
+        self.wandb = wandb
+        self.options = EncodeOptions(recipe.mask, recipe.image_position, recipe.seed)
+        self.workers = recipe.workers if recipe.workers is not None else min(8, max(0, (os.cpu_count() or 1) - 1))
+        self.stop_asked = threading.Event()
+        self.skipped: dict[str, str] = {}
+
+    # ---- before the first step ----------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Freeze, measure, plan, and take up the newest checkpoint."""
+        freeze(self.model, self.recipe.stage)
+        self.model.decoder.checkpoint_activations = self.recipe.activation_checkpointing
+        self.out.mkdir(parents=True, exist_ok=True)
+        lengths, bad = measure(self.samples, self.processor, self.options, self.workers)
+        self.note_bad(bad)
+        self.plan: Plan = plan_run(
+            lengths,
+            batch_size=self.recipe.batch_size,
+            max_tokens=self.recipe.max_tokens,
+            epochs=self.recipe.epochs,
+            seed=self.recipe.seed,
+        )
+        self.claim_folder(fingerprint(lengths))
+        self.optimizer = MasterAdamW(
+            trained(self.model),
+            lr=self.recipe.lr,
+            projector_lr=self.recipe.projector_lr,
+            weight_decay=self.recipe.weight_decay,
+            grad_clip=self.recipe.grad_clip,
+        )
+        self.step, self.seconds, self.tokens, self.supervised = 0, 0.0, 0, 0
+        self.saved_at: Path | None = None
+        self.resume()
+
+    def claim_folder(self, data: str) -> None:
+        """Remember what run this folder is of; refuse to go on with a different one."""
+        mine = {"recipe": dataclasses.asdict(self.recipe), "data": data, "model": dataclasses.asdict(self.model.config)}
+        for name in ("workers", "log_every", "save_every", "keep", "eval_every"):  # change nothing that is learned
+            del mine["recipe"][name]
+        mine = json.loads(json.dumps(mine))
+        path = self.out / "run.json"
+        if not path.exists():
+            write_json(path, mine)
+            return
+        theirs = json.loads(path.read_text())
+        if theirs != mine:
+            old, new = flat(theirs), flat(mine)
+            changed = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new if old.get(k) != new[k]]
+            raise ConfigError(
+                f"{self.out} holds a run of other settings ({'; '.join(changed[:5])}); "
+                f"give the same settings to go on, another --out, or --fresh to start over"
+            )
+
+    def resume(self) -> None:
+        found = checkpoints.load_newest(self.out / "checkpoints")
+        self.resumed_from: int | None = None
+        if found is None:
+            return
+        tensors, state, faults = found
+        for fault in faults:
+            print(f"passed over: {fault}")
+        self.optimizer.load(tensors)
+        self.step = self.resumed_from = state["step"]
+        self.seconds, self.tokens, self.supervised = state["seconds"], state["tokens"], state["supervised"]
+        self.skipped = dict(state["skipped"])
+        self.saved_at = self.out / "checkpoints" / f"step-{self.step:08d}"
+        checkpoints.set_rng_state(state["rng"])
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns what summary.json holds.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint is written.
+            TrainingError: the loss or the gradient is no longer finite.
+            SampleError: a sample cannot be used and ``on_bad_sample`` is "stop".
+        """
+        self.prepare()
+        total = len(self.plan.steps)
+        self.log = Log(self.out, self.step, total, f"stage {self.recipe.stage}", self.wandb)
+        self.log.say(self.opening(total))
+        pending: list[StepResult] = []
+        started = self.clock = time.perf_counter()
+        before = self.seconds
+        try:
+            with interrupts(self.stop_asked):
+                for batches, bad in self.load():
+                    self.note_bad(bad)
+                    pending.append(self.train_step(batches, total))
+                    self.step += 1
+                    self.seconds = before + time.perf_counter() - started
+                    last = self.step == total
+                    save_now = last or self.step % self.recipe.save_every == 0 or self.stop_asked.is_set()
+                    eval_now = self.eval_samples is not None and (last or self.step % self.recipe.eval_every == 0)
+                    if save_now or eval_now or self.step % self.recipe.log_every == 0:
+                        self.report(pending)
+                    if eval_now:
+                        self.evaluate()
+                    if save_now:
+                        self.save()
+                    if self.stop_asked.is_set() and not last:
+                        raise Interrupted(f"stopped at step {self.step} of {total}; saved in {self.saved_at}")
+                    self.log.bar.update()
+            return self.finish()
+        finally:
+            self.log.close()
+
+    def load(self) -> Iterator[tuple[list[PackedBatch], list[tuple[str, str]]]]:
+        return load_steps(
+            self.samples,
+            self.processor,
+            self.plan,
+            self.options,
+            start=self.step,
+            workers=self.workers,
+            pin_memory=self.model.device.type == "cuda",
+        )
+
+    def train_step(self, batches: list[PackedBatch], total: int) -> StepResult:
+        """Forward and backward over the bins of the step, then one update.
+
+        The loss is the mean over all supervised tokens of the global batch: each bin's sum is divided by their count over
+        all bins, so a bin with few answers does not weigh as much as one with many.
+        """
+        supervised = sum(batch.num_supervised for batch in batches)
+        loss = torch.zeros((), device=self.model.device)
+        flops = 0.0
+        for batch in batches:
+            batch = batch.to(self.model.device, self.model.dtype)
+            part = self.model.loss(batch, denominator=supervised)
+            part.backward()
+            loss += part.detach()
+            flops += step_flops(self.model.config, batch, train_decoder=self.recipe.stage == 2)
+        factor = cosine(self.step, total, self.recipe.warmup_ratio)
+        norm = self.optimizer.step(factor) if batches else torch.zeros(())
+        return StepResult(
+            step=self.step + 1,
+            loss=loss,
+            grad_norm=norm,
+            sample_ids=[i for batch in batches for i in batch.sample_ids],
+            tokens=sum(batch.num_tokens for batch in batches),
+            supervised=supervised,
+            flops=flops,
+            lr=self.recipe.lr * factor,
+        )
+
+    # ---- telling -----------------------------------------------------------------------------------------------------
+
+    def opening(self, total: int) -> str:
+        names = {1: "the projector", 2: "the projector and the decoder"}
+        count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        lines = [
+            f"stage {self.recipe.stage}: training {names[self.recipe.stage]} ({count:,} parameters) on "
+            f"{len(self.samples)} samples, {self.recipe.epochs} epoch(s), {total} steps",
+            f"bins of {self.plan.bin_tokens} tokens, {self.plan.fill:.1%} full; {self.model.device}, "
+            f"{str(self.model.dtype).removeprefix('torch.')}; {self.workers} data worker(s)",
+        ]
+        if self.resumed_from is not None:
+            lines.append(f"going on from {self.saved_at}")
+        return "\n".join(lines)
+
+    def report(self, pending: list[StepResult]) -> None:
+        """Fetch the numbers of the steps since the last report, check them, write them down. The one host sync."""
+        if not pending:
+            return
+        seconds = time.perf_counter() - self.clock
+        losses = torch.stack([r.loss for r in pending]).tolist()
+        norms = torch.stack([r.grad_norm for r in pending]).tolist()
+        for result, loss, norm in zip(pending, losses, norms, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.stop_for(result, loss, norm)
+            self.tokens += result.tokens
+            self.supervised += result.supervised
+            self.log.record(
+                step=result.step,
+                loss=loss,
+                lr=result.lr,
+                grad_norm=norm,
+                tokens=result.tokens,
+                supervised_tokens=result.supervised,
+            )
+        speed = {
+            "tokens_per_s": sum(r.tokens for r in pending) / seconds,
+            "supervised_tokens_per_s": sum(r.supervised for r in pending) / seconds,
+            "memory_gb": memory_gb(self.model.device),
+        }
+        peak = peak_of(self.model.device)
+        if peak:
+            speed["model_flop_utilisation"] = sum(r.flops for r in pending) / seconds / peak
+        self.log.record(step=self.step, **speed)
+        self.log.flush()
+        used = f"  MFU {speed['model_flop_utilisation']:.1%}" if peak else ""
+        self.log.say(
+            f"step {self.step:>6}  loss {sum(losses) / len(losses):.4f}  lr {pending[-1].lr:.2e}  "
+            f"grad {norms[-1]:.3f}  {speed['supervised_tokens_per_s']:,.0f} supervised of "
+            f"{speed['tokens_per_s']:,.0f} tokens/s{used}  {speed['memory_gb']:.2f} GB"
+        )
+        pending.clear()
+        self.clock = time.perf_counter()
+
+    def stop_for(self, result: StepResult, loss: float, norm: float) -> None:
+        shown = ", ".join(result.sample_ids[:20]) + (", ..." if len(result.sample_ids) > 20 else "")
+        good = self.saved_at or "none was written yet"
+        raise TrainingError(
+            f"step {result.step}: loss is {loss}, gradient norm {norm}; the samples of the step are {shown}; "
+            f"the last good checkpoint is {good}. Lower --lr, or look at these samples"
+        )
+
+    def note_bad(self, bad: list[tuple[str, str]]) -> None:
+        """Stop at, or skip and count, samples that cannot be used."""
+        for sample_id, why in bad:
+            if self.recipe.on_bad_sample == "stop":
+                raise SampleError(sample_id, f"{why} (--on-bad-sample skip leaves such samples out)")
+            if sample_id not in self.skipped:
+                self.skipped[sample_id] = why
+                print(f"skipped sample {sample_id!r}: {why}")
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Mean loss over the supervised tokens of the held-out samples."""
+        assert self.eval_samples is not None
+        loss = held_out_loss(self.model, self.processor, self.recipe, self.eval_samples, self.workers)
+        self.log.record(step=self.step, eval_loss=loss)
+        self.log.flush()
+        self.log.say(f"step {self.step:>6}  held-out loss {loss:.4f}")
+        self.clock = time.perf_counter()
+
+    # ---- keeping -----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        state = {
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "skipped": self.skipped,
+            "rng": checkpoints.rng_state(),
+        }
+        self.saved_at = checkpoints.save(
+            self.out / "checkpoints", self.step, self.optimizer.state(), state, self.recipe.keep
+        )
+        self.clock = time.perf_counter()
+
+    def finish(self) -> dict[str, Any]:
+        """Write what the stage is for, the plot and summary.json."""
+        self.log.say("writing the result")
+        if self.recipe.stage == 1:
+            result = self.out / "projector.safetensors"
+            save_projector(self.model, result)
+        else:
+            result = self.out / "model"
+            save(self.model, self.processor, result)
+        steps = [r for r in self.log.records if "loss" in r]
+        plot_losses(self.log.records, self.out / "loss.png", f"stage {self.recipe.stage}")
+        tail = [r["loss"] for r in steps[-max(1, len(steps) // 10) :]]
+        held_out = [r["eval_loss"] for r in self.log.records if "eval_loss" in r]
+        summary = {
+            "stage": self.recipe.stage,
+            "result": str(result),
+            "steps": len(steps),
+            "samples": len(self.samples),
+            "samples_skipped": len(self.skipped),
+            "first_loss": steps[0]["loss"],
+            "final_loss": sum(tail) / len(tail),  # mean over the last tenth
+            "eval_loss": held_out[-1] if held_out else None,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "tokens_per_s": self.tokens / self.seconds,
+            "supervised_tokens_per_s": self.supervised / self.seconds,
+            "bin_fill": self.plan.fill,
+        }
+        write_json(self.out / "summary.json", summary)
+        return summary
+
+
+def held_out_loss(model: Llava, processor: Processor, recipe: Recipe, samples: Samples, workers: int) -> float:
+    """Mean cross entropy over the supervised tokens of ``samples``, images where the data puts them."""
+    options = EncodeOptions(recipe.mask, "as_written", recipe.seed)
+    lengths, _ = measure(samples, processor, options, workers)
+    plan = plan_run(lengths, batch_size=len(samples), max_tokens=recipe.max_tokens, epochs=1, seed=0)
+    total, count = 0.0, 0
+    for batches, _ in load_steps(samples, processor, plan, options, workers=workers):
+        for batch in batches:
+            total += model.loss(batch.to(model.device, model.dtype), denominator=1).item()
+            count += batch.num_supervised
+    if not count:
+        raise LlavaError("the evaluation data has no usable sample")
+    return total / count
+
+
+def freeze(model: Llava, stage: int) -> None:
+    """Stage 1 trains the projector, stage 2 the projector and the decoder with its head; the tower never."""
+    model.requires_grad_(False)
+    model.projector.requires_grad_(True)
+    if stage == 2:
+        model.decoder.requires_grad_(True)
+        if model.lm_head is not None:
+            model.lm_head.requires_grad_(True)
+
+
+def trained(model: Llava) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+@contextlib.contextmanager
+def interrupts(asked: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set ``asked`` instead of breaking a step; a second Ctrl-C breaks at once.
+
+    Outside the main thread, where handlers cannot be set, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory: of the card on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()}
