@@ -1,8 +1,11 @@
 """llava_fast: train and run LLaVA ("Visual Instruction Tuning") on packed tokens."""
 
+from llava_fast import errors
 from llava_fast.batch import PackedBatch
 from llava_fast.config import ModelConfig
 from llava_fast.model import Llava
+from llava_fast.pretrained import load, save
+from llava_fast.processor import Processor
 
 __version__ = "0.1.0.dev0"
-__all__ = ["Llava", "ModelConfig", "PackedBatch"]
+__all__ = ["Llava", "ModelConfig", "PackedBatch", "Processor", "errors", "load", "save"]

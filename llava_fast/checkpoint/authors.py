@@ -11,7 +11,14 @@ from torch import Tensor
 from llava_fast.checkpoint.clip import canonical_clip, clip_source, read_clip_config, save_clip
 from llava_fast.checkpoint.files import SHARD_BYTES, Entry, TensorFiles, read_json, shorten, write_json, write_tensors
 from llava_fast.checkpoint.huggingface import EXTRAS_KEY, extras, read_extras
-from llava_fast.checkpoint.llama import canonical_llama, dtype_code, dtype_name, generation_fields, parse_text, text_fields
+from llava_fast.checkpoint.llama import (
+    canonical_llama,
+    dtype_code,
+    dtype_name,
+    generation_fields,
+    parse_text,
+    text_fields,
+)
 from llava_fast.checkpoint.names import EMBEDDING, HEAD, PROJECTOR, VISION, Source, canonical_tensors, from_files
 from llava_fast.checkpoint.projector import authors_projector, canonical_projector
 from llava_fast.config import IMAGE_SENTINEL, ModelConfig, TextConfig, VisionConfig

@@ -198,7 +198,8 @@ def write(
 ) -> ModelConfig:
     """Write config.json, generation_config.json and weights, which transformers 4.46 and 5 load completely.
 
-    ``image_token_id`` replaces the model's own. The rows of token ids that had to be added (:func:`vocabulary_for_transformers`) are the mean of the old rows.
+    ``image_token_id`` replaces the model's own. Rows that the vocabulary must grow by
+    (:func:`vocabulary_for_transformers`) are the mean of the old rows.
 
     Returns:
         The config that was written; its ids are what the tokenizer files must agree with.

@@ -61,9 +61,21 @@ def config_of(path: Path | str, *, vision_tower: Path | str | None = None) -> Mo
 
 
 def save_model(
-    model: Llava, directory: Path | str, *, format: str = "hf", shard_bytes: int = SHARD_BYTES
+    model: Llava,
+    directory: Path | str,
+    *,
+    format: str = "hf",
+    shard_bytes: int = SHARD_BYTES,
+    image_token_id: int | None = None,
 ) -> ModelConfig:
     """Write the model as transformers' ("hf") or the authors' ("authors") kind of directory, without tokenizer files.
+
+    Args:
+        model: what to write.
+        directory: made when it does not exist.
+        format: "hf" or "authors".
+        shard_bytes: largest size of a weight file.
+        image_token_id: what "hf" writes as the image token; default the model's.
 
     Returns:
         The config as written: "hf" gives the model an image token inside its vocabulary where it has none.

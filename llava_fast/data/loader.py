@@ -104,9 +104,9 @@ def plan_run(lengths: np.ndarray, *, batch_size: int, max_tokens: int, epochs: i
             f"the longest sample has {lengths.max()} tokens and max_tokens is {max_tokens}; "
             f"raise --max-tokens or lower --max-length"
         )
-    step_tokens = int(min(batch_size, len(usable)) * lengths[usable].mean()) + 1
-    bins_per_step = -(-step_tokens // max_tokens)
-    bin_tokens = max(int(lengths.max()), -(-step_tokens // bins_per_step))
+    step_tokens = min(batch_size, len(usable)) * lengths[usable].mean()
+    bins_per_step = -(-int(step_tokens) // max_tokens)
+    bin_tokens = choose_bin_tokens(lengths[usable], step_tokens / bins_per_step, max_tokens, seed)
     steps = []
     used = capacity = 0
     for epoch in range(epochs):
@@ -115,6 +115,18 @@ def plan_run(lengths: np.ndarray, *, batch_size: int, max_tokens: int, epochs: i
         capacity += bin_tokens * len(bins)
         steps += [[(epoch, b) for b in bins[i : i + bins_per_step]] for i in range(0, len(bins), bins_per_step)]
     return Plan(steps, bin_tokens, used / capacity)
+
+
+def choose_bin_tokens(lengths: np.ndarray, wanted: float, max_tokens: int, seed: int) -> int:
+    """The least capacity, a little above ``wanted`` on average, into which the samples pack without a bin too many."""
+    count = max(1, round(lengths.sum() / wanted))
+    for slack in (0.003, 0.01, 0.02, 0.03):
+        capacity = max(int(lengths.max()), int(lengths.sum() / count * (1 + slack)) + 1)
+        if capacity > max_tokens:
+            break
+        if len(plan_bins(lengths, capacity, seed=seed)) <= count:
+            return capacity
+    return min(capacity, max_tokens)
 
 
 class Bins(Dataset):

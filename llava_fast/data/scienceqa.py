@@ -106,8 +106,9 @@ def build_sample(pid: str, problem: Problem, prompt_format: str) -> dict[str, An
     """
     input_format, output_format = split_format(prompt_format)
     try:
-        if not 0 <= problem["answer"] < len(problem["choices"]) <= len(LETTERS):
-            raise SampleError(pid, f"answer {problem['answer']} of {len(problem['choices'])} choices (5 at most)")
+        choices = len(problem["choices"]) or len(LETTERS)  # none listed: they stand in the question itself
+        if not 0 <= problem["answer"] < choices <= len(LETTERS):
+            raise SampleError(pid, f"answer {problem['answer']} is none of {choices} choices, or they are more than 5")
         question, answer = build_question(problem, input_format), build_answer(problem, output_format)
         picture = image_path(pid, problem)
     except (KeyError, TypeError, AttributeError) as error:

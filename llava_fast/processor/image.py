@@ -156,7 +156,11 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     except Exception:  # a damaged EXIF block says nothing about orientation; the pixels are sound
         return rgb
     method = _UPRIGHT.get(orientation)
-    return rgb if method is None else rgb.transpose(method)
+    if method is None:
+        return rgb
+    upright = rgb.transpose(method)
+    upright.info = {}  # the copied EXIF block would turn it again
+    return upright
 
 
 def _from_tensor(tensor: Tensor) -> Image.Image:

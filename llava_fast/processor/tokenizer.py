@@ -144,7 +144,7 @@ class Tokenizer:
         """Write a directory that :meth:`load` and transformers' ``AutoTokenizer`` can read."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._backend.write(directory, self._added)
+        self._backend.write(directory, self)
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unk_id, "pad_token": self.pad_id}
         tokens = {key: self._token_text(i) for key, i in named.items() if i is not None}
         specials = {str(i): _added_token(text, i) for text, i in self.special_tokens.items()}
@@ -242,8 +242,60 @@ class _SentencePiece:
         found = getattr(self._bare, key.removesuffix("_token") + "_id")()
         return None if found < 0 else found
 
-    def write(self, directory: Path, added: dict[str, int]) -> None:
+    def write(self, directory: Path, tokenizer: Tokenizer) -> None:
+        """The model as it is, and as a tokenizer.json: transformers 5 gets other ids from the model alone."""
         (directory / self.file_name).write_bytes(self._model)
+        if self._tables is None:
+            return
+        made = self._as_json(tokenizer)
+        probe = "A chat between a curious user and an AI assistant.\n\nWhat   is it?  h\u00e9 \u4f60\u597d"
+        bare = tokenizers.Tokenizer.from_str(json.dumps({**made, "post_processor": None}))
+        if bare.encode(probe).ids == self._prefixed.encode(probe):  # not so for a unigram model
+            _write_json(directory / _Fast.file_name, made)
+
+    def _as_json(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The same tokenizer as a tokenizer.json: BPE whose merges are ranked by the scores of what they make."""
+        pieces = {self.piece(i): i for i in range(self.size)}
+        ranked = [
+            (-self._bare.get_score(i), k, f"{piece[:k]} {piece[k:]}")
+            for piece, i in pieces.items()
+            if not (self._bare.is_control(i) or self._bare.is_unknown(i) or self._bare.is_byte(i))
+            for k in range(1, len(piece))
+            if piece[:k] in pieces and piece[k:] in pieces
+        ]
+        space = {"pattern": {"String": " "}, "content": SPACE}
+        prepend = [{"type": "Prepend", "prepend": SPACE}] if self.has_prefix else []
+        legacy = {"type": "Sequence", "normalizers": [*prepend, {"type": "Replace", **space}]}
+        scheme = "first" if self.has_prefix else "never"  # only the first text gets the prefix
+        modern = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+        strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if self.has_prefix else []
+        back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+        text, bos = {"Sequence": {"id": "A", "type_id": 0}}, tokenizer.decode([tokenizer.bos_id or 0], False)
+        start = {"SpecialToken": {"id": bos, "type_id": 0}}
+        template = {
+            "type": "TemplateProcessing",
+            "single": [start, text],
+            "pair": [start, text, start, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        }
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [_added_token(t, i) | {"id": i} for t, i in tokenizer.special_tokens.items()],
+            "normalizer": legacy if tokenizer.legacy else None,
+            "pre_tokenizer": None if tokenizer.legacy else modern,
+            "post_processor": None if tokenizer.bos_id is None else template,
+            "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+            "model": {
+                "type": "BPE",
+                "unk_token": self.piece(self._bare.unk_id()),
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "vocab": pieces,
+                "merges": [merge for _, _, merge in sorted(ranked, key=lambda rank: rank[:2])],
+            },
+        }
 
 
 class _Fast:
@@ -291,9 +343,10 @@ class _Fast:
             token = self._spec["model"].get("unk_token") or token
         return self.added[token] if token in self.added else self.piece_id(token)
 
-    def write(self, directory: Path, added: dict[str, int]) -> None:
-        missing = [_added_token(t, i) | {"id": i} for t, i in added.items() if t not in self.added]
-        _write_json(directory / self.file_name, {**self._spec, "added_tokens": self._spec["added_tokens"] + missing})
+    def write(self, directory: Path, tokenizer: Tokenizer) -> None:
+        known = self._spec.get("added_tokens") or []
+        missing = [_added_token(t, i) | {"id": i} for t, i in tokenizer.special_tokens.items() if t not in self.added]
+        _write_json(directory / self.file_name, {**self._spec, "added_tokens": known + missing})
 
 
 def _find(source: Path) -> Path:

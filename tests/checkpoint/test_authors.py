@@ -214,7 +214,9 @@ def test_written_and_read_back(v15: Path, mlp: LlavaForConditionalGeneration, tm
     assert names == expected
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["mm_projector_type"] == ("linear" if linear else "mlp2x_gelu")
-    assert {k: fields[k] for k in CONFIG if k.startswith("mm_")} == {k: v for k, v in CONFIG.items() if k.startswith("mm_")}
+    assert {k: fields[k] for k in CONFIG if k.startswith("mm_")} == {
+        k: v for k, v in CONFIG.items() if k.startswith("mm_")
+    }
     (tmp_path / "out").rename(tmp_path / "moved")
     back = load_model(tmp_path / "moved")
     assert back.config == ours.config.replace(dtype="float32")

@@ -315,7 +315,9 @@ def test_vocabulary_grows_where_it_holds_no_image_token(tmp_path: Path, tied: bo
     logits = their_logits(grown, VOCAB)
     assert logits.shape[1] == 128
     torch.testing.assert_close(logits[:, :VOCAB], our_logits(ours), atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits[:, VOCAB:], logits[:, :VOCAB].mean(1, keepdim=True).expand(-1, 32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits[:, VOCAB:], logits[:, :VOCAB].mean(1, keepdim=True).expand(-1, 32), atol=1e-4, rtol=0
+    )
     assert_same_logits_grown(load_model(tmp_path / "ours"), logits)
 
 

@@ -19,7 +19,15 @@ from transformers import (
 )
 
 import llava_fast as lf
-from llava_fast.checkpoint import canonical_parts, join, load_model, load_projector, save_clip, save_llama, save_projector
+from llava_fast.checkpoint import (
+    canonical_parts,
+    join,
+    load_model,
+    load_projector,
+    save_clip,
+    save_llama,
+    save_projector,
+)
 from llava_fast.errors import CheckpointError, ConfigError
 from tests.checkpoint.helpers import VISION, assert_same_logits, edit_json, reference, rename
 from tests.checkpoint.test_authors import authors_tensors, linear_reference, write_clip
@@ -53,9 +61,7 @@ def parts(theirs: LlavaForConditionalGeneration, tmp_path_factory: pytest.TempPa
 
 
 def test_joined_logits(theirs: LlavaForConditionalGeneration, parts: Path) -> None:
-    ours = join(
-        parts / "clip", parts / "llama", projector="mlp2x_gelu", projector_weights=parts / "mm_projector.bin"
-    )
+    ours = join(parts / "clip", parts / "llama", projector="mlp2x_gelu", projector_weights=parts / "mm_projector.bin")
     assert ours.dtype == torch.float32
     assert_same_logits(ours, theirs)
 
@@ -73,7 +79,9 @@ def test_joined_linear_and_tied(tmp_path: Path) -> None:
 
 
 def test_clip_with_its_text_half(theirs: LlavaForConditionalGeneration, parts: Path, tmp_path: Path) -> None:
-    text = CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=50)
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=50
+    )
     whole = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=CLIPVisionConfig(**VISION).to_dict()))
     whole.vision_model.load_state_dict(theirs.model.vision_tower.state_dict())
     whole.save_pretrained(tmp_path)
@@ -97,7 +105,7 @@ def test_fresh_projector(parts: Path) -> None:
     assert not one.linear_1.bias.any()
     bound = 64**-0.5
     assert one.linear_1.weight.abs().max() <= bound
-    assert float(one.linear_1.weight.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert one.linear_1.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
 def test_join_options(parts: Path) -> None:
@@ -180,9 +188,7 @@ def test_projector_files(parts: Path, tmp_path: Path, prefix: str, linear: bool,
     named = {prefix + n.removeprefix("model."): t for n, t in tensors.items() if "mm_projector" in n}
     file = tmp_path / f"mm_projector{suffix}"
     (torch.save if suffix == ".bin" else save_file)(named, file)
-    ours = join(
-        parts / "clip", parts / "llama", projector="linear" if linear else "mlp2x_gelu", projector_weights=file
-    )
+    ours = join(parts / "clip", parts / "llama", projector="linear" if linear else "mlp2x_gelu", projector_weights=file)
     theirs = source.model.multi_modal_projector
     assert torch.equal(ours.projector.linear_1.weight, theirs.linear_1.weight)
     assert torch.equal(ours.projector.linear_1.bias, theirs.linear_1.bias)
@@ -222,7 +228,9 @@ def test_projector_of_the_other_kind(parts: Path) -> None:
 
 
 @pytest.mark.parametrize(("shape", "hint"), [((0,), "ZeRO-3"), ((1536, 1), "4-bit")])
-def test_projector_of_strange_shape_is_explained(parts: Path, tmp_path: Path, shape: tuple[int, ...], hint: str) -> None:
+def test_projector_of_strange_shape_is_explained(
+    parts: Path, tmp_path: Path, shape: tuple[int, ...], hint: str
+) -> None:
     file = tmp_path / "mm_projector.bin"
     torch.save({"model.mm_projector.weight": torch.zeros(shape), "model.mm_projector.bias": torch.zeros(48)}, file)
     with pytest.raises(CheckpointError, match=hint) as caught:

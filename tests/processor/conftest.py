@@ -7,46 +7,11 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-WORDS = [
-    "a",
-    "chat",
-    "between",
-    "curious",
-    "user",
-    "and",
-    "an",
-    "artificial",
-    "intelligence",
-    "assistant",
-    "the",
-    "gives",
-    "helpful",
-    "detailed",
-    "polite",
-    "answers",
-    "to",
-    "questions",
-    "what",
-    "is",
-    "in",
-    "this",
-    "image",
-    "there",
-    "are",
-    "two",
-    "cats",
-    "on",
-    "red",
-    "couch",
-    "USER",
-    "ASSISTANT",
-    "Human",
-    "Assistant",
-    "INST",
-    "SYS",
-    "###",
-    ":",
-]
+TEXT = (
+    "a chat between curious user and an artificial intelligence assistant the gives helpful detailed polite answers to "
+    "questions what is in this image there are two cats on red couch USER ASSISTANT Human Assistant INST SYS ### :"
+)
+WORDS = TEXT.split()
 CORPUS = [" ".join(WORDS[i:] + WORDS[:i]) + f". What is {i}? A cat, {i * 7} dogs!" for i in range(len(WORDS))]
 
 

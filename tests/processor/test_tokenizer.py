@@ -193,9 +193,10 @@ def test_with_token(tiny: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize("form", ["model", "json"])
 def test_transformers_loads_what_save_writes(
-    tiny_model: Path, form: str, legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, form: str, with_config: bool, legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -205,14 +206,35 @@ def test_transformers_loads_what_save_writes(
         llama_json(tiny_model, False).save(str(source))
     ours = Tokenizer.load(source, legacy=legacy).with_token("<image>", 400)
     ours.save(tmp_path / "saved")
+    if with_config:  # then transformers 5 takes tokenizer.json as it stands; without it, it rebuilds LlamaTokenizer
+        (tmp_path / "saved" / "config.json").write_text('{"model_type": "llava"}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    for text in ("A cat.", "What is this?\nTwo cats, h\u00e9 \u4f60 \U0001f600.", "a red couch: 7 dogs!"):
+    for text in (
+        "A cat.",
+        "two  cats   on\n\n  a    couch  ",
+        "What is this?\nTwo cats, h\u00e9 \u4f60 \U0001f600.",
+        "a red couch: 7 dogs!",
+    ):
         ids = ours.encode(text, prefix=True)[0]
         assert theirs(text, add_special_tokens=False).input_ids == ids
         assert theirs.decode(ids) == text
+        if form == "model":
+            assert theirs(text).input_ids == [1, *ids]
     assert theirs.convert_tokens_to_ids("<image>") == 400
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
     assert len(theirs) == ours.vocab_size
+
+
+def test_transformers_ids_of_a_saved_llama_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ours = Tokenizer.load(real_data("tokenizer", "llama2_tokenizer.model"))
+    ours.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in texts(300):
+        if not any(special in text for special in ours.special_tokens):  # transformers parses those
+            assert theirs(text).input_ids == [1, *ours.encode(text, prefix=True)[0]], text
 
 
 def test_save_and_load_again(model: Path, tmp_path: Path) -> None:

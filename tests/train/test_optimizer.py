@@ -1,0 +1,108 @@
+"""Master weights, float32 accumulation and the schedule, against torch's own AdamW and the schedule's formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from llava_fast.train.optimizer import MasterAdamW, cosine
+
+
+def problem(dtype: torch.dtype) -> tuple[nn.Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Linear(8, 8).to(dtype), torch.randn(16, 8).to(dtype)
+
+
+def test_float32_is_torchs_adamw():
+    (ours, x), (theirs, _) = problem(torch.float32), problem(torch.float32)
+    optimizer = MasterAdamW(ours.named_parameters(), lr=0.01, grad_clip=0.0)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.0)
+    for _ in range(5):
+        ours(x).square().mean().backward()
+        norm = optimizer.step(1.0)
+        theirs(x).square().mean().backward()
+        expected = torch.stack([p.grad.norm() for p in theirs.parameters()]).norm()
+        reference.step()
+        reference.zero_grad()
+        torch.testing.assert_close(norm, expected)
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_bfloat16_accumulates_what_bfloat16_would_lose():
+    """256 gradients of 1 and then 64 of 2^-9 of that: a bfloat16 sum stays where it was, the float32 one does not."""
+    p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([("p", p)], lr=1.0)
+    for _ in range(256):
+        p.sum().backward()
+    for _ in range(64):
+        (p * 2**-9).sum().backward()
+    assert p.grad is None
+    assert optimizer.masters["p"].grad.tolist() == [256 + 64 * 2**-9] * 4
+    assert (torch.tensor(256.0).bfloat16() + torch.tensor(2**-9).bfloat16()).item() == 256
+
+
+def test_bfloat16_steps_too_small_for_it_add_up_in_the_master():
+    p = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([("p", p)], lr=1e-4)
+    for _ in range(100):
+        p.sum().backward()
+        optimizer.step(1.0)
+    assert optimizer.masters["p"].item() == pytest.approx(1 - 100e-4, abs=1e-5)
+    assert p.item() == optimizer.masters["p"].bfloat16().item() < 1
+
+
+def test_projector_rate_and_decay_of_matrices_only():
+    named = {
+        "projector.linear_1.weight": nn.Parameter(torch.ones(2, 2)),
+        "decoder.out.weight": nn.Parameter(torch.ones(2, 2)),
+        "decoder.norm.weight": nn.Parameter(torch.ones(2)),
+    }
+    optimizer = MasterAdamW(named.items(), lr=0.1, projector_lr=0.5, weight_decay=0.2)
+    for p in named.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(0.5)  # no gradient: only the decay moves, by lr * decay
+    assert named["projector.linear_1.weight"][0, 0].item() == pytest.approx(1 - 0.25 * 0.2)
+    assert named["decoder.out.weight"][0, 0].item() == pytest.approx(1 - 0.05 * 0.2)
+    assert named["decoder.norm.weight"].tolist() == [1, 1]
+
+
+def test_clipping():
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = MasterAdamW([("p", p)], lr=0.0, grad_clip=1.0)
+    p.grad = torch.full((4,), 5.0)
+    assert optimizer.step(1.0).item() == 10.0  # the norm before clipping
+    torch.testing.assert_close(optimizer.adam.state[p]["exp_avg"], torch.full((4,), 0.05))  # (1 - 0.9) * 5 / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_goes_on_bit_for_bit(dtype):
+    def steps(model, optimizer, x, n):
+        for _ in range(n):
+            model(x).float().square().mean().backward()
+            optimizer.step(1.0)
+
+    (a, x), (b, _) = problem(dtype), problem(dtype)
+    whole, half = (MasterAdamW(m.named_parameters(), lr=0.01) for m in (a, b))
+    steps(a, whole, x, 6)
+    steps(b, half, x, 3)
+    state = {k: v.clone() for k, v in half.state().items()}
+    c, _ = problem(dtype)
+    rest = MasterAdamW(c.named_parameters(), lr=0.01)
+    rest.load(state)
+    steps(c, rest, x, 3)
+    assert torch.equal(a.weight, c.weight)
+    assert torch.equal(whole.masters["weight"], rest.masters["weight"])
+
+
+def test_schedule():
+    rates = [cosine(i, 1000, 0.03) for i in range(1000)]
+    assert rates[0] == pytest.approx(1 / 31)
+    assert rates[30] == max(rates) == 1.0
+    assert all(a < b for a, b in zip(rates[:30], rates[1:31], strict=True))
+    assert all(a > b for a, b in zip(rates[30:], rates[31:], strict=False))
+    assert rates[515] == pytest.approx(0.5)  # half way down
+    assert rates[999] == pytest.approx((1 + math.cos(math.pi * 969 / 970)) / 2)
+    assert cosine(0, 1, 0.0) == 1.0

@@ -1,0 +1,79 @@
+"""The command line killed at any moment and started again: the loss curve of an unbroken run, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llava_fast.train import checkpoints
+from llava_fast.train.demo import PARTS
+from tests.train.conftest import losses
+
+
+def command(data: Path, out: Path, stage: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "llava_fast.train", "--stage", str(stage), "--preset", "tiny"),
+        *("--tokenizer", str(PARTS / "decoder"), "--data", str(data / "scenes.json"), "--images", str(data)),
+        *("--out", str(out), "--batch-size", "6", "--epochs", "2", "--log-every", "1", "--save-every", "3"),
+        *("--template", "v1", "--workers", "1", "--device", "cpu"),
+    ]
+
+
+def steps_logged(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+def start_and_stop(arguments: list[str], out: Path, at_step: int, number: signal.Signals) -> int:
+    """Start the run in a process group of its own, send ``number`` once ``at_step`` is logged; returns its exit code."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while steps_logged(out) < at_step:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)  # its data workers too, as a machine that dies would
+    else:
+        process.send_signal(number)
+    return process.wait(timeout=120)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_kill_at_a_random_step(scenes_folder, tmp_path, stage):
+    seed = random.randrange(1000)
+    print(f"seed {seed}")  # shown when the test fails
+    at = random.Random(seed).sample(range(1, 18), 2)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(scenes_folder, whole, stage), check=True, capture_output=True)
+    for step in sorted(at):
+        start_and_stop(command(scenes_folder, broken, stage), broken, step, signal.SIGKILL)
+    newest = sorted((broken / "checkpoints").glob("step-*"))
+    if newest:  # the machine died in the middle of a write, too
+        tensors = newest[-1] / checkpoints.TENSORS
+        tensors.write_bytes(tensors.read_bytes()[:-100])
+    if len(newest) == 1:  # nothing whole is left: say so, name it, and go on once told to start over
+        refused = subprocess.run(command(scenes_folder, broken, stage), capture_output=True, text=True)
+        assert refused.returncode == 1
+        assert "is truncated" in refused.stderr
+        subprocess.run([*command(scenes_folder, broken, stage), "--fresh"], check=True, capture_output=True)
+    else:
+        done = subprocess.run(command(scenes_folder, broken, stage), check=True, capture_output=True, text=True)
+        assert (f"{newest[-1]}: {checkpoints.TENSORS} is truncated" in done.stdout) == bool(newest)
+    assert len(losses(whole)) == len(losses(broken)) >= 20
+    assert losses(broken) == losses(whole)
+
+
+def test_ctrl_c_saves_and_leaves_cleanly(scenes_folder, tmp_path):
+    out = tmp_path / "run"
+    assert start_and_stop(command(scenes_folder, out, 1), out, 4, signal.SIGINT) == 130
+    step = checkpoints.load_newest(out / "checkpoints")[1]["step"]
+    assert step == steps_logged(out) >= 4
+    assert not list((out / "checkpoints").glob(".*.part"))
