@@ -34,7 +34,9 @@ def ours() -> object:
 
 def transformers() -> object:
     process = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    return lambda files: process([Image.open(io.BytesIO(f)).convert("RGB") for f in files], return_tensors="pt").pixel_values
+    return lambda files: (
+        process([Image.open(io.BytesIO(f)).convert("RGB") for f in files], return_tensors="pt").pixel_values
+    )
 
 
 @pytest.mark.parametrize("impl", ["ours", "transformers"])

@@ -97,7 +97,9 @@ class Ours:
 
 class Transformers:
     def __init__(self, stage: int, samples: list[Sample], folder) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        self.model = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        )
         self.model.train()
         self.model.requires_grad_(False)
         self.model.model.multi_modal_projector.requires_grad_(True)

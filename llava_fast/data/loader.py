@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ from llava_fast.errors import ImageError, LlavaError, SampleError
 from llava_fast.processor import Encoded, Processor
 
 Bad = tuple[str, str]  # (sample id, why it cannot be used)
+
+
+class SampleSource(Protocol):
+    """A lazy sequence of samples in the LLaVA JSON form."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Lengths(Dataset):
     A random image place is measured as the first one; the other can differ by a token or two, which bins can bear.
     """
 
-    def __init__(self, samples: Sequence[dict[str, Any]], processor: Processor, options: EncodeOptions):
+    def __init__(self, samples: SampleSource, processor: Processor, options: EncodeOptions):
         self.samples, self.processor = samples, processor
         position = "first" if options.image_position == "random" else options.image_position
         self.options = EncodeOptions(options.mask, position, options.seed)
@@ -67,7 +76,7 @@ class Lengths(Dataset):
 
 
 def measure(
-    samples: Sequence[dict[str, Any]], processor: Processor, options: EncodeOptions, workers: int = 0
+    samples: SampleSource, processor: Processor, options: EncodeOptions, workers: int = 0
 ) -> tuple[np.ndarray, list[Bad]]:
     """Token lengths of all samples, (n,) int64 with 0 where a sample cannot be used, and the list of those."""
     loader = DataLoader(
@@ -88,10 +97,10 @@ def measure(
 
 
 def plan_run(lengths: np.ndarray, *, batch_size: int, max_tokens: int, epochs: int, seed: int) -> Plan:
-    """Pack every epoch anew and group the bins into optimizer steps of ``batch_size`` samples on average.
+    """Pack every epoch anew and group the bins into as many optimizer steps as batches of ``batch_size`` would be.
 
-    ``max_tokens`` is what fits the memory. The bins are made as much smaller as it takes for a whole number of them to
-    hold ``batch_size`` average samples, so that a recipe's batch size means what its author meant.
+    A step then holds ``batch_size`` samples on average, so that a recipe's batch size means what its author meant.
+    ``max_tokens`` is what fits the memory; the bins are made smaller where that fills them better.
 
     Raises:
         LlavaError: no usable sample, or one that is longer than ``max_tokens``.
@@ -104,29 +113,29 @@ def plan_run(lengths: np.ndarray, *, batch_size: int, max_tokens: int, epochs: i
             f"the longest sample has {lengths.max()} tokens and max_tokens is {max_tokens}; "
             f"raise --max-tokens or lower --max-length"
         )
-    step_tokens = min(batch_size, len(usable)) * lengths[usable].mean()
-    bins_per_step = -(-int(step_tokens) // max_tokens)
-    bin_tokens = choose_bin_tokens(lengths[usable], step_tokens / bins_per_step, max_tokens, seed)
+    sizes = lengths[usable]
+    steps_an_epoch = max(1, round(len(usable) / batch_size))
+    bins_a_step = -(-int(sizes.sum()) // (steps_an_epoch * max_tokens))
+    bin_tokens = choose_bin_tokens(sizes, steps_an_epoch * bins_a_step, max_tokens, seed)
     steps = []
-    used = capacity = 0
+    capacity = 0
     for epoch in range(epochs):
-        bins = [usable[b] for b in plan_bins(lengths[usable], bin_tokens, seed=seed + 7919 * epoch)]
-        used += int(lengths[usable].sum())
+        bins = [(epoch, usable[b]) for b in plan_bins(sizes, bin_tokens, seed=seed + 7919 * epoch)]
         capacity += bin_tokens * len(bins)
-        steps += [[(epoch, b) for b in bins[i : i + bins_per_step]] for i in range(0, len(bins), bins_per_step)]
-    return Plan(steps, bin_tokens, used / capacity)
+        bounds = np.linspace(0, len(bins), min(steps_an_epoch, len(bins)) + 1).round().astype(int)
+        steps += [bins[i:j] for i, j in pairwise(bounds)]
+    return Plan(steps, bin_tokens, int(sizes.sum()) * epochs / capacity)
 
 
-def choose_bin_tokens(lengths: np.ndarray, wanted: float, max_tokens: int, seed: int) -> int:
-    """The least capacity, a little above ``wanted`` on average, into which the samples pack without a bin too many."""
-    count = max(1, round(lengths.sum() / wanted))
+def choose_bin_tokens(sizes: np.ndarray, count: int, max_tokens: int, seed: int) -> int:
+    """The least capacity, in a few tries, with which the samples pack into ``count`` bins; at most ``max_tokens``."""
     for slack in (0.003, 0.01, 0.02, 0.03):
-        capacity = max(int(lengths.max()), int(lengths.sum() / count * (1 + slack)) + 1)
-        if capacity > max_tokens:
+        capacity = max(int(sizes.max()), int(sizes.sum() / count * (1 + slack)) + 1)
+        if capacity >= max_tokens:
+            return max_tokens
+        if len(plan_bins(sizes, capacity, seed=seed)) <= count:
             break
-        if len(plan_bins(lengths, capacity, seed=seed)) <= count:
-            return capacity
-    return min(capacity, max_tokens)
+    return capacity
 
 
 class Bins(Dataset):
@@ -134,7 +143,7 @@ class Bins(Dataset):
 
     def __init__(
         self,
-        samples: Sequence[dict[str, Any]],
+        samples: SampleSource,
         processor: Processor,
         bins: list[tuple[int, np.ndarray]],
         options: EncodeOptions,
@@ -173,7 +182,7 @@ class Bins(Dataset):
 
 
 def load_steps(
-    samples: Sequence[dict[str, Any]],
+    samples: SampleSource,
     processor: Processor,
     plan: Plan,
     options: EncodeOptions,

@@ -9,6 +9,7 @@ import numpy as np
 
 from llava_fast.errors import ConfigError, SampleError
 
+_STEPS = 16  # lengths are told apart in steps of 1/16 of a doubling; the shuffled order decides between equals
 _BIN_BITS = 32  # a bin's free room and its number share one integer: room << 32 | number
 
 
@@ -18,8 +19,9 @@ def plan_bins(
     """Puts samples of known length into bins of at most ``bin_tokens`` tokens, every sample once.
 
     Samples are shuffled and cut into windows. Inside a window the longest sample goes first, each into the fullest bin
-    that still has room for it (best-fit decreasing). The windows keep what shares a bin random from epoch to epoch.
-    At the end the bins are shuffled, and a bin's samples stand in shuffled order, so nothing is sorted by length.
+    that still has room for it (best-fit decreasing). Windows, and lengths within 4% counting as equal, keep what shares
+    a bin random from epoch to epoch. At the end the bins are shuffled, and a bin's samples stand in shuffled order, so
+    nothing is sorted by length.
 
     Args:
         lengths: (N,) tokens of each sample, image tokens included.
@@ -69,7 +71,7 @@ def _check_lengths(lengths: Sequence[int] | np.ndarray, bin_tokens: int) -> np.n
 
 def _best_fit_decreasing(sizes: np.ndarray, bin_tokens: int) -> list[np.ndarray]:
     """Bins of positions in ``sizes``, each in ascending order."""
-    longest_first = np.argsort(-sizes, kind="stable")
+    longest_first = np.argsort(-np.floor(np.log2(sizes) * _STEPS), kind="stable")
     bins: list[list[int]] = []
     rooms: list[int] = []  # sorted; the bins that are not full
     for position, size in zip(longest_first.tolist(), sizes[longest_first].tolist(), strict=True):

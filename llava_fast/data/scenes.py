@@ -1,9 +1,9 @@
-"""Scenes: the built-in data set. Pictures of coloured shapes drawn by the program, with captions, boxes and instruction data.
+"""Scenes: the built-in data set, pictures of coloured shapes with captions, boxes and instruction data.
 
 A scene is one to four shapes in the cells of a 3 x 3 grid; no two share a colour or a form, so that every question has
 one answer. From its captions and boxes the three kinds of instruction data of the paper (section 3) are made by rule:
-conversation, detailed description and reasoning. Everything is drawn from (seed, index) alone, so two sets with different
-seeds are a training set and a held-out set, and nothing has to be stored.
+conversation, detailed description and reasoning. Everything is drawn from (seed, index) alone, so two sets with
+different seeds are a training set and a held-out set, and nothing has to be stored.
 
     python -m llava_fast.data.scenes FOLDER --count 1000 --seed 1     # writes the set as LLaVA JSON and PNG files
 """
@@ -68,9 +68,7 @@ class Shape:
     def box(self) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) as shares of the canvas, rounded to three places as in the paper's contexts."""
         r = self.radius
-        left, top, right, bottom = (
-            round(v / CANVAS, 3) for v in (self.x - r, self.y - r, self.x + r, self.y + r)
-        )
+        left, top, right, bottom = (round(v / CANVAS, 3) for v in (self.x - r, self.y - r, self.x + r, self.y + r))
         return left, top, right, bottom
 
 
@@ -124,7 +122,7 @@ class Scene:
         ]
 
     def boxes(self) -> list[dict[str, Any]]:
-        """One entry a shape: ``{"category": "red circle", "bbox": (left, top, right, bottom)}``, shares of the canvas."""
+        """One entry a shape: ``{"category": "red circle", "bbox": (left, top, right, bottom)}`` in shares."""
         return [{"category": s.name, "bbox": s.box} for s in self.shapes]
 
 
@@ -168,7 +166,7 @@ def _listing(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
-# ---- questions: each takes a scene and returns (question, answer) ---------------------------------------------------
+# ---- questions: each takes a scene and returns (question, answer) ------------------------------------------------
 
 Turn = tuple[str, str]
 
@@ -260,18 +258,23 @@ def reasoning(scene: Scene, rng: Random) -> list[Turn]:
             return [(f"Which is higher, the {a.form} or the {b.form}?", f"{why} So the {higher.form} is higher.")]
         left = a if a.column < b.column else b
         why = f"The {a.form} is at the {a.place} and the {b.form} is at the {b.place}."
-        return [(f"Which is further left, the {a.form} or the {b.form}?", f"{why} So the {left.form} is further left.")]
+        question = f"Which is further left, the {a.form} or the {b.form}?"
+        return [(question, f"{why} So the {left.form} is further left.")]
     gone = rng.choice(scene.shapes)
     left_over = len(scene.shapes) - 1
     return [
         (
             f"How many shapes remain if the {gone.color} one is taken away?",
-            f"{_count_answer(scene)} Without the {gone.name}, {NUMBERS[left_over]} remain{'s' if left_over == 1 else ''}.",
+            f"{_count_answer(scene)} Without the {gone.name}, {NUMBERS[left_over]} {_remain(left_over)}.",
         )
     ]
 
 
-# ---- samples ----------------------------------------------------------------------------------------------------------
+def _remain(count: int) -> str:
+    return "remains" if count == 1 else "remain"
+
+
+# ---- samples -----------------------------------------------------------------------------------------------------
 
 
 def scene_at(seed: int, index: int) -> tuple[Scene, Random]:
@@ -286,7 +289,7 @@ def turns_for(scene: Scene, kind: str, rng: Random) -> list[Turn]:
     return {"conversation": conversation, "detail": detail, "reasoning": reasoning}[kind](scene, rng)
 
 
-class Scenes(Sequence[dict[str, Any]]):
+class Scenes:
     """``count`` samples in the LLaVA JSON form, images as PIL pictures, made when they are asked for.
 
     Args:
@@ -296,13 +299,13 @@ class Scenes(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, count: int, seed: int, kinds: Sequence[str] = KINDS[1:]):
-        self.count, self.seed, self.kinds = count, seed, tuple(kinds)
+        self.size, self.seed, self.kinds = count, seed, tuple(kinds)
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
-        if not 0 <= index < self.count:
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.size:
             raise IndexError(index)
         scene, rng = scene_at(self.seed, index)
         kind = self.kinds[index % len(self.kinds)]
@@ -338,10 +341,12 @@ def held_out(count: int, seed: int) -> list[Quiz]:
 
 
 def write(folder: Path, count: int, seed: int, kinds: Sequence[str] = KINDS[1:]) -> Path:
-    """Write a set as ``scenes.json`` (LLaVA JSON with captions and boxes beside) and ``images/*.png``; returns the JSON."""
+    """Write a set as ``scenes.json`` (LLaVA JSON with captions and boxes beside) and ``images``; returns the JSON."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     samples = []
-    for index, sample in enumerate(Scenes(count, seed, kinds)):
+    scenes = Scenes(count, seed, kinds)
+    for index in range(count):
+        sample = scenes[index]
         scene, rng = scene_at(seed, index)
         name = f"images/{index:06d}.png"
         sample["image"].save(folder / name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from llava_kernels import rms_norm, rope, swiglu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llava_fast.config import TextConfig
+from llava_kernels import rms_norm, rope, swiglu
 
 # How a layer attends: (layer, q (T, heads, head_dim), k and v (T, kv_heads, head_dim)) -> (T, heads, head_dim).
 # The decoder does not know whether keys lie in the batch or in a cache; who calls it does.
@@ -32,7 +33,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TextConfig, index: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        kw = {"bias": False, "dtype": dtype, "device": device}
+        kw: Any = {"bias": False, "dtype": dtype, "device": device}
         self.index = index
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -61,14 +62,14 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Token embeddings, layers and final norm; the output head belongs to :class:`Llava`."""
 
+    inv_freq: Tensor  # (head_dim/2,) float32
+
     def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # recompute each layer in the backward pass instead of keeping it
         self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i, dtype, device) for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.register_buffer("inv_freq", torch.empty(config.head_dim // 2, device=device), persistent=False)
         self.rope_scale = 1.0  # yarn multiplies cosines and sines by this
@@ -126,9 +127,7 @@ def _yarn(inv_freq: Tensor, config: TextConfig, scaling: dict) -> tuple[Tensor, 
     factor = scaling["factor"]
 
     def pair_at(turns: float) -> float:  # which pair makes this many turns over the original context
-        return (
-            config.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-        )
+        return config.head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = pair_at(scaling.get("beta_fast") or 32), pair_at(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):

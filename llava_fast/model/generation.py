@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from llava_kernels import varlen_attention
 from torch import Tensor
 
 from llava_fast.batch import PackedBatch
 from llava_fast.config import TextConfig
+from llava_kernels import varlen_attention
 
 if TYPE_CHECKING:
     from llava_fast.model.llava import Llava
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of S sequences, one dense row each, up to ``capacity`` tokens."""
 
-    def __init__(self, text: TextConfig, seqlens: tuple[int, ...], capacity: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, text: TextConfig, seqlens: tuple[int, ...], capacity: int, device: torch.device, dtype: torch.dtype
+    ):
         shape = (text.num_hidden_layers, len(seqlens), capacity, text.num_key_value_heads, text.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -38,7 +40,7 @@ class KVCache:
         return attend
 
     def attend_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one new token a sequence, at position ``lengths``, over what is kept. q: (S, heads, head_dim)."""
+        """Attention of one new token a sequence, at position ``lengths``, over what is kept. q: (S, heads, dim)."""
         sequence = torch.arange(q.shape[0], device=q.device)
         self.keys[layer, sequence, self.lengths] = k
         self.values[layer, sequence, self.lengths] = v

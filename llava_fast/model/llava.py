@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from llava_kernels import linear_cross_entropy, varlen_attention
-from llava_kernels.attention import IMPLEMENTATIONS
 from torch import Tensor, nn
 
 from llava_fast.batch import PackedBatch
@@ -15,6 +13,8 @@ from llava_fast.model import generation
 from llava_fast.model.decoder import Attend, Decoder, RMSNorm
 from llava_fast.model.projector import Projector
 from llava_fast.model.vision import VisionTower
+from llava_kernels import linear_cross_entropy, varlen_attention
+from llava_kernels.attention import IMPLEMENTATIONS
 
 
 class Llava(nn.Module):
@@ -89,7 +89,9 @@ class Llava(nn.Module):
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Z_v: pixel_values (N, 3, H, W) -> (N, tokens_per_image, C). No graph is built while the tower is frozen."""
         if pixel_values.shape[0] == 0:  # text alone
-            return pixel_values.new_zeros((0, self.config.tokens_per_image, self.config.vision.hidden_size), dtype=self.dtype)
+            return pixel_values.new_zeros(
+                (0, self.config.tokens_per_image, self.config.vision.hidden_size), dtype=self.dtype
+            )
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.vision_tower(pixel_values.to(self.dtype))

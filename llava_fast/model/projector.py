@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from llava_kernels import linear_gelu, project_splice
 from torch import Tensor, nn
 
 from llava_fast.batch import PackedBatch
 from llava_fast.config import ModelConfig
+from llava_kernels import linear_gelu, project_splice
 
 
 class Projector(nn.Module):
@@ -17,9 +17,7 @@ class Projector(nn.Module):
         super().__init__()
         dim = config.text.hidden_size
         self.linear_1 = nn.Linear(config.vision.hidden_size, dim, dtype=dtype, device=device)
-        self.linear_2 = (
-            nn.Linear(dim, dim, dtype=dtype, device=device) if config.projector == "mlp2x_gelu" else None
-        )
+        self.linear_2 = nn.Linear(dim, dim, dtype=dtype, device=device) if config.projector == "mlp2x_gelu" else None
 
     def forward(self, features: Tensor, embedding: Tensor, batch: PackedBatch) -> Tensor:
         """features: (N, n, C) of the batch's images, embedding: (V, D) token table -> decoder input (T, D)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ class VisionLayer(nn.Module):
 
     def __init__(self, config: VisionConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        kw = {"dtype": dtype, "device": device}
+        kw: Any = {"dtype": dtype, "device": device}
         dim, inner = config.hidden_size, config.intermediate_size
         self.heads = config.num_attention_heads
         self.act = F.gelu if config.hidden_act == "gelu" else quick_gelu
@@ -39,7 +41,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        kw = {"dtype": dtype, "device": device}
+        kw: Any = {"dtype": dtype, "device": device}
         vision = config.vision
         dim, patch = vision.hidden_size, vision.patch_size
         self.layers_run = config.vision_layers_run

@@ -33,7 +33,8 @@ ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Im
 
 _BICUBIC = Image.Resampling.BICUBIC
 _BICUBIC_REACH = 2  # source pixels (of the coarser grid) that the filter sees on each side
-_ELONGATED = 4  # long side over short side from which only the part of a resize that is kept is computed
+_ELONGATED = 4  # long side over short side, and
+_COSTLY = 1 << 22  # pixels of the plain way's largest step: above both, only what is kept of a resize is computed
 _UPRIGHT = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -266,7 +267,7 @@ class ImageProcessor:
         wide = image.width > image.height
         new_long = int(size * long / short)
         start = (new_long - size) // 2
-        if long > _ELONGATED * short:
+        if _is_wasteful(image, size * max(long, new_long)):
             return _resize_part(image, size, new_long, (start, start + size))
         image = image.resize((new_long, size) if wide else (size, new_long), _BICUBIC)
         return image.crop((start, 0, start + size, size) if wide else (0, start, size, start + size))
@@ -274,7 +275,7 @@ class ImageProcessor:
     def _pad_to_square(self, image: Image.Image) -> Image.Image:
         """The picture in the middle of a square of the background colour, then that square resized to S x S."""
         long = max(image.size)
-        if long > _ELONGATED * min(image.size):
+        if _is_wasteful(image, long * long):
             return self._pad_elongated(image)
         corner = ((long - image.width) // 2, (long - image.height) // 2)
         return _on_background(image, (long, long), corner, self.background).resize((self.size, self.size), _BICUBIC)
@@ -341,6 +342,11 @@ class ImageProcessor:
         return ImageProcessor(size, aspect or ("pad" if config.get("do_pad") else "square"), mean, std)
 
 
+def _is_wasteful(image: Image.Image, pixels: int) -> bool:
+    """Whether the plain way, whose largest step has ``pixels`` pixels, would compute mostly what is thrown away."""
+    return max(image.size) > _ELONGATED * min(image.size) and pixels > _COSTLY
+
+
 def _resize_part(image: Image.Image, new_short: int, new_long: int, part: tuple[int, int]) -> Image.Image:
     """Resizes, but computes only ``part`` (start, stop) of the new long side; the new short side whole."""
     short, long = min(image.size), max(image.size)
@@ -357,7 +363,7 @@ def _resize_box(image: Image.Image, size: tuple[int, int], box: tuple[float, flo
     """The part ``box`` (left, top, right, bottom) of ``image`` resized to ``size`` (width, height).
 
     The filter rounds to 8 bits between its two passes, so their order shows. From version 13 Pillow picks it by the
-    shape of box and image; here it is the one that a resize of the whole picture takes.
+    shapes of box and image; here it is always horizontal first, as in every Pillow before.
     """
     left, top, right, bottom = box
     image = image.resize((size[0], image.height), _BICUBIC, box=(left, 0, right, image.height))

@@ -51,10 +51,24 @@ def build_parser() -> argparse.ArgumentParser:
     start.add_argument("--preset", choices=tuple(PRESETS), help="random weights of these sizes (for trials)")
     start.add_argument("--tokenizer", help="tokenizer directory or file; default the decoder's own")
     start.add_argument("--projector", help="projector that stage 1 wrote (.safetensors or .bin)")
-    start.add_argument("--projector-type", choices=PROJECTORS, default="linear", help="of a fresh projector (default %(default)s)")
-    start.add_argument("--select-layer", type=int, default=-2, help="hidden state of the tower that is the feature (default %(default)s)")
-    start.add_argument("--select-feature", choices=FEATURES, default="patch", help="with or without the class token (default %(default)s)")
-    start.add_argument("--image-aspect", choices=("square", "pad"), default=None, help="crop images, or pad them to a square")
+    start.add_argument(
+        "--projector-type", choices=PROJECTORS, default="linear", help="of a fresh projector (default %(default)s)"
+    )
+    start.add_argument(
+        "--select-layer",
+        type=int,
+        default=-2,
+        help="hidden state of the tower that is the feature (default %(default)s)",
+    )
+    start.add_argument(
+        "--select-feature",
+        choices=FEATURES,
+        default="patch",
+        help="with or without the class token (default %(default)s)",
+    )
+    start.add_argument(
+        "--image-aspect", choices=("square", "pad"), default=None, help="crop images, or pad them to a square"
+    )
     data = parser.add_argument_group("data and output")
     data.add_argument("--data", nargs="+", type=Path, help="LLaVA JSON or JSONL file(s)")
     data.add_argument("--images", type=Path, help="folder that the samples' image paths start from")
@@ -64,7 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="default: cuda when there is one, else cpu")
-    machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="to compute in (default bfloat16 on cuda, float32 on a cpu)")
+    machine.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="to compute in (default bfloat16 on cuda, float32 on a cpu)"
+    )
     machine.add_argument("--attention", default="auto", help="attention implementation (default %(default)s)")
     add_recipe_options(parser)
     return parser
@@ -73,7 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """One option a field of Recipe; None means that the named recipe decides."""
     group = parser.add_argument_group("recipe", "a named recipe, and options that change it")
-    group.add_argument("--recipe", choices=tuple(RECIPES), default=None, help="named recipe (default paper-stage1, or --stage's)")
+    group.add_argument(
+        "--recipe", choices=tuple(RECIPES), default=None, help="named recipe (default paper-stage1, or --stage's)"
+    )
     types = typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
@@ -101,8 +119,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
-        print(f"\nerror: out of memory: {str(error).splitlines()[0]}\n"
-              "lower --max-tokens, or add --activation-checkpointing", file=sys.stderr)
+        print(
+            f"\nerror: out of memory: {str(error).splitlines()[0]}\n"
+            "lower --max-tokens, or add --activation-checkpointing",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -110,7 +131,11 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     if args.data is None:
-        given = [name for name in ("model", "vision_tower", "decoder", "preset", "projector", "recipe", "stage") if getattr(args, name)]
+        given = [
+            name
+            for name in ("model", "vision_tower", "decoder", "preset", "projector", "recipe", "stage")
+            if getattr(args, name)
+        ]
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} needs --data: LLaVA JSON to train on")
         demo.run(args.out, device=device, dtype=dtype, seed=args.seed or 0, workers=args.workers)
@@ -119,9 +144,7 @@ def run(args: argparse.Namespace) -> int:
     samples = load_samples(args.data, args.images)
     eval_samples = load_samples(args.eval_data, args.images) if args.eval_data else None
     model, processor = start_from(args, chosen, device, dtype)
-    summary = Trainer(
-        model, processor, chosen, samples, args.out, eval_samples=eval_samples, wandb=args.wandb
-    ).run()
+    summary = Trainer(model, processor, chosen, samples, args.out, eval_samples=eval_samples, wandb=args.wandb).run()
     print(
         f"loss {summary['first_loss']:.4f} -> {summary['final_loss']:.4f} in {summary['steps']} steps, "
         f"{summary['seconds']:.0f} s, {summary['supervised_tokens_per_s']:,.0f} supervised of "
@@ -138,7 +161,9 @@ def choose_recipe(args: argparse.Namespace) -> Recipe:
     return recipe(name, **changes)
 
 
-def start_from(args: argparse.Namespace, chosen: Recipe, device: torch.device, dtype: torch.dtype) -> tuple[Llava, Processor]:
+def start_from(
+    args: argparse.Namespace, chosen: Recipe, device: torch.device, dtype: torch.dtype
+) -> tuple[Llava, Processor]:
     """The model in the dtype to compute in, and its processor under the recipe's template."""
     joined = args.vision_tower and args.decoder
     if sum(map(bool, (args.model, joined, args.preset))) != 1:
@@ -180,7 +205,9 @@ def preset_for(name: str, tokenizer: Any, shape: dict[str, Any]) -> ModelConfig:
         pad_token_id=tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id,
     )
     image = tokenizer.token_id("<image>")
-    return config.replace(text=text, **({"image_token_id": -200} if image is None else {"image_token_id": image}), **shape)
+    return config.replace(
+        text=text, **({"image_token_id": -200} if image is None else {"image_token_id": image}), **shape
+    )
 
 
 def remove_run(folder: Path) -> None:

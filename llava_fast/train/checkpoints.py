@@ -58,7 +58,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[s
     Raises:
         CheckpointError: there are checkpoints and every one is damaged.
     """
-    faults = []
+    faults: list[str] = []
     candidates = _all(folder)[::-1]
     for path in candidates:
         try:

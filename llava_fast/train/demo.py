@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llava_fast.checkpoint import join, load_projector
+from llava_fast.checkpoint import join
 from llava_fast.data.scenes import QUESTIONS, Quiz, Scenes, held_out
 from llava_fast.model import Llava
 from llava_fast.processor import Processor, Tokenizer
@@ -21,7 +21,9 @@ TRAIN_SEED, EVAL_SEED = 1, 2
 CAPTIONS, INSTRUCTIONS, QUIZZES = 4096, 8192, 600
 
 
-def run(out: Path, *, device: torch.device, dtype: torch.dtype, seed: int = 0, workers: int | None = None) -> dict[str, Any]:
+def run(
+    out: Path, *, device: torch.device, dtype: torch.dtype, seed: int = 0, workers: int | None = None
+) -> dict[str, Any]:
     """Train both stages under ``out``, measure, write summary.json and answers.png, and return the summary.
 
     The summary's ``accuracy`` is the share of held-out questions answered word for word with the right picture,
@@ -37,9 +39,7 @@ def run(out: Path, *, device: torch.device, dtype: torch.dtype, seed: int = 0, w
         return Processor.from_config(model.config.replace(template=template), tokenizer)
 
     align = recipe("tiny-stage1", seed=seed, workers=workers)
-    first = Trainer(
-        model, processor("plain"), align, Scenes(CAPTIONS, TRAIN_SEED, ("caption",)), out / "stage1"
-    ).run()
+    first = Trainer(model, processor("plain"), align, Scenes(CAPTIONS, TRAIN_SEED, ("caption",)), out / "stage1").run()
     aligned = measure_accuracy(model, processor("v1"), held_out(QUIZZES, EVAL_SEED))
     instruct = recipe("tiny-stage2", seed=seed, workers=workers)
     second = Trainer(
@@ -74,7 +74,9 @@ def measure_accuracy(model: Llava, processor: Processor, quizzes: list[Quiz]) ->
     own = answer(model, processor, quizzes, [q.image for q in quizzes])
     # The questions' kinds come in turn, so a shift by the number of kinds swaps pictures under equal kinds too.
     shift = len(QUESTIONS)
-    swapped = answer(model, processor, quizzes, [quizzes[(i + shift) % len(quizzes)].image for i in range(len(quizzes))])
+    swapped = answer(
+        model, processor, quizzes, [quizzes[(i + shift) % len(quizzes)].image for i in range(len(quizzes))]
+    )
     right = defaultdict(list)
     for quiz, said in zip(quizzes, own, strict=True):
         right[quiz.kind].append(said == quiz.answer)
@@ -104,7 +106,12 @@ def answer(model: Llava, processor: Processor, quizzes: list[Quiz], images: list
     for i in range(0, len(quizzes), at_once):
         prompts = [
             processor.prompt(
-                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": quiz.question}]}]
+                [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image", "image": image}, {"type": "text", "text": quiz.question}],
+                    }
+                ]
             )
             for quiz, image in zip(quizzes[i : i + at_once], images[i : i + at_once], strict=True)
         ]
@@ -128,7 +135,10 @@ def draw_answers(result: dict[str, Any], path: Path, rows: int = 4, columns: int
         good = said == quiz.answer
         axes.set_title(quiz.question, fontsize=9, wrap=True)
         axes.set_xlabel(
-            said if good else f"{said}\n(right: {quiz.answer})", fontsize=9, color="#1b6e2f" if good else "#b3261e", wrap=True
+            said if good else f"{said}\n(right: {quiz.answer})",
+            fontsize=9,
+            color="#1b6e2f" if good else "#b3261e",
+            wrap=True,
         )
     figure.suptitle(
         f"Held-out pictures: {result['accuracy']:.1%} of {len(result['answers'])} questions right, "

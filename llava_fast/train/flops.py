@@ -22,8 +22,8 @@ def peak_of(device: torch.device) -> float | None:
 def step_flops(config: ModelConfig, batch: PackedBatch, train_decoder: bool) -> float:
     """Multiply-adds counted twice, of one forward and backward pass.
 
-    The vision tower runs forward only. The decoder's backward pass computes input gradients, and weight gradients when it
-    is trained. The head counts for supervised rows only. Recomputation is not counted.
+    The vision tower runs forward only. The decoder's backward pass computes input gradients, and weight gradients when
+    it is trained. The head counts for supervised rows only. Recomputation is not counted.
     """
     text, vision = config.text, config.vision
     heads = text.num_attention_heads + 2 * text.num_key_value_heads
@@ -33,7 +33,7 @@ def step_flops(config: ModelConfig, batch: PackedBatch, train_decoder: bool) -> 
     linear = 2 * layer * text.num_hidden_layers * batch.num_tokens
     linear += 2 * text.hidden_size * text.vocab_size * batch.num_supervised
     squares = sum(n * n for n in batch.seqlens)
-    attention = 2 * text.num_attention_heads * text.head_dim * squares * text.num_hidden_layers  # causal: half of 4
+    attention = 2 * text.num_attention_heads * text.head_dim * squares * text.num_hidden_layers  # causal: half
     rows = batch.image_rows.shape[0]
     projector = 2 * vision.hidden_size * text.hidden_size * rows
     if config.projector == "mlp2x_gelu":

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases when asked, a progress bar, and loss.png at the end."""
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases when asked, a progress bar, and loss.png."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
 
     steps = [r["step"] for r in records if "loss" in r]
     losses = [r["loss"] for r in records if "loss" in r]
-    smooth, mean = [], losses[0]
+    smooth: list[float] = []
+    mean = losses[0]
     for loss in losses:
         mean += (loss - mean) * max(0.05, 1 / (len(smooth) + 1))
         smooth.append(mean)

@@ -59,6 +59,7 @@ class MasterAdamW:
         master = param.detach().float()
 
         def collect(param: Tensor) -> None:
+            assert param.grad is not None
             if master.grad is None:
                 master.grad = param.grad.float()
             else:
@@ -69,7 +70,7 @@ class MasterAdamW:
         return master
 
     def step(self, factor: float) -> Tensor:
-        """One update at ``factor`` times the peak learning rates; returns the gradient norm before clipping, (), on device."""
+        """One update at ``factor`` times the peak learning rates; returns the gradient norm () before clipping."""
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * factor
         masters = list(self.masters.values())

@@ -25,7 +25,9 @@ class Recipe:
     weight_decay: float = option(0.0, "AdamW's, on matrices only")
     grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip")
     template: str | None = option(None, "conversation template; default the model's")
-    mask: str = option("answers", "what is learned: answers and their stops, or what the authors' code trains", ("answers", "official"))
+    mask: str = option(
+        "answers", "what is learned: answers and their stops, or what the authors' code trains", ("answers", "official")
+    )
     image_position: str = option(
         "random",
         "image before or after the first question: drawn at random (equation 2), always first, or as the data has it",
@@ -39,11 +41,22 @@ class Recipe:
     save_every: int = option(200, "steps between two checkpoints")
     keep: int = option(2, "checkpoints that are kept")
     eval_every: int = option(200, "steps between two evaluations, when there is evaluation data")
-    on_bad_sample: str = option("stop", "a sample that cannot be used stops the run, or is skipped and counted", ("stop", "skip"))
+    on_bad_sample: str = option(
+        "stop", "a sample that cannot be used stops the run, or is skipped and counted", ("stop", "skip")
+    )
     workers: int | None = option(None, "data worker processes; default one a core up to 8, less the main one")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_length", "max_tokens", "log_every", "save_every", "keep", "eval_every"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "max_length",
+            "max_tokens",
+            "log_every",
+            "save_every",
+            "keep",
+            "eval_every",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.stage not in (1, 2):

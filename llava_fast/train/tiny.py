@@ -3,7 +3,7 @@
     python -m llava_fast.train.tiny FOLDER
 
 The vision tower learns as CLIP does: pictures and their captions are drawn together by a contrastive loss, with a text
-encoder that is thrown away. The decoder learns as a language model does, from text alone: descriptions in words,
+encoder that is thrown away. The decoder learns as Vicuna does, to answer in text alone: descriptions in words,
 followed by questions and answers about them. Neither has ever seen the other; joining them is the work of the two
 stages. The results are a CLIP directory and a LLaMA directory, which ship with the package (llava_fast/train/tiny/).
 """
@@ -17,27 +17,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llava_fast.batch import PackedBatch
 from llava_fast.checkpoint import save_clip, save_llama
-from llava_fast.config import IGNORE, ModelConfig
-from llava_fast.data.scenes import KINDS, Scene, scene_at, turns_for
+from llava_fast.config import ModelConfig
+from llava_fast.data.scenes import KINDS, Scene, as_sample, scene_at, turns_for
 from llava_fast.model import Llava
+from llava_fast.processor import ImageProcessor, Processor, Tokenizer
 from llava_fast.processor.conversation import TEMPLATES
-from llava_fast.processor.image import ImageProcessor
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 UNK, BOS, EOS, PAD, IMAGE = range(5)
 SEED = 1_000_003  # of the pretraining scenes: neither the training set's nor the held-out set's
 
 
-# ---- text ---------------------------------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------------
 
 
 def describe(scene: Scene, rng: Random) -> str:
@@ -55,9 +54,9 @@ def documents(seed: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         index += 1
 
 
-def train_tokenizer(vocab_size: int) -> Tokenizer:
+def train_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
     """Byte-level BPE over the data set's own texts: any text can be encoded, its own words are mostly one token."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -73,51 +72,39 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     texts = []
     for _ in range(4000):
         description, turns = next(source)
-        texts.append(" ".join([SYSTEM, description, *(f"USER: {q} ASSISTANT: {a}" for q, a in turns)]))
+        texts.append(" ".join([TEMPLATES["v1"].system, description, *(f"USER: {q} ASSISTANT: {a}" for q, a in turns)]))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-SYSTEM = TEMPLATES["v1"].system
-
-
-def encode_document(tokenizer: Tokenizer, description: str, turns: list[tuple[str, str]]) -> list[int]:
-    """``system USER: description\\nquestion ASSISTANT: answer</s>USER: ...`` as the v1 template joins it."""
-    ids = [BOS]
-    for i, (question, answer) in enumerate(turns):
-        opening = f"{SYSTEM} USER: {description}\n{question}" if i == 0 else f"USER: {question}"
-        ids += tokenizer.encode(f"{opening} ASSISTANT: {answer}", add_special_tokens=False).ids + [EOS]
-    return ids
-
-
-# ---- decoder ------------------------------------------------------------------------------------------------------------
+# ---- decoder -----------------------------------------------------------------------------------------------------
 
 
 def pretrain_decoder(config: ModelConfig, tokenizer: Tokenizer, steps: int) -> Llava:
-    """Next-token prediction on text alone; loss on every token after the system text."""
+    """Instruction tuning on text alone: answers about descriptions in words; the picture is what they will stand for."""
     model = Llava(config, seed=1)
-    parts = [*model.decoder.parameters(), *model.lm_head.parameters()]
+    with torch.no_grad():  # a narrow model learns sooner from larger weights than N(0, 0.02)
+        for weight in (p for p in model.decoder.parameters() if p.dim() == 2):
+            weight.mul_(4)
+    processor = Processor.from_config(config, tokenizer)
     source = documents(SEED)
-    no_image = torch.zeros(0, 3, config.vision.image_size, config.vision.image_size)
-    skip = len(tokenizer.encode(SYSTEM, add_special_tokens=False).ids)
+    parts = [p for name, p in model.named_parameters() if name.startswith(("decoder.", "lm_head."))]
 
-    def batch() -> PackedBatch:
-        rows = [encode_document(tokenizer, *next(source)) for _ in range(64)]
-        labels = [[IGNORE] * skip + row[1 + skip :] + [IGNORE] for row in rows]
-        return PackedBatch(
-            input_ids=torch.tensor(sum(rows, [])),
-            labels=torch.tensor(sum(labels, [])),
-            position_ids=torch.cat([torch.arange(len(row), dtype=torch.int32) for row in rows]),
-            cu_seqlens=torch.tensor([0, *np.cumsum([len(row) for row in rows])], dtype=torch.int32),
-            pixel_values=no_image,
-            image_token_id=IMAGE,
-        )
+    def loss() -> Tensor:
+        return model.loss(processor.pack([as_text(*next(source)) for _ in range(32)]))
 
-    fit("decoder", parts, lambda: model.loss(batch()), steps, lr=3e-3)
+    fit("decoder", parts, loss, steps, lr=2e-3)
     return model
 
 
-# ---- vision tower -------------------------------------------------------------------------------------------------------
+def as_text(description: str, turns: list[tuple[str, str]]) -> dict:
+    """A sample without an image: the description stands before the first question."""
+    sample = as_sample("", None, [(f"{description}\n{turns[0][0]}", turns[0][1]), *turns[1:]])
+    sample["conversations"][0]["value"] = sample["conversations"][0]["value"].removeprefix("<image>\n")
+    return sample
+
+
+# ---- vision tower ------------------------------------------------------------------------------------------------
 
 
 class CaptionEncoder(nn.Module):
@@ -148,8 +135,7 @@ def pretrain_vision(config: ModelConfig, tokenizer: Tokenizer, steps: int, pool:
     for index in tqdm(range(pool), desc="scenes", unit="scene"):
         scene, rng = scene_at(SEED, index)
         pixels.append(process(scene.image()).half())
-        ids = tokenizer.encode(describe(scene, rng), add_special_tokens=False).ids
-        captions.append(torch.tensor(ids))
+        captions.append(torch.tensor(tokenizer.encode(describe(scene, rng), prefix=False)[0]))
     images = torch.stack(pixels)
     texts = nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=PAD)
     torch.manual_seed(3)
@@ -200,17 +186,18 @@ def main() -> None:
     parser.add_argument("--part", choices=("all", "vision", "decoder"), default="all")
     args = parser.parse_args()
     config = ModelConfig.preset("tiny")
-    tokenizer = train_tokenizer(config.text.vocab_size)
+    write_tokenizer(train_tokenizer(config.text.vocab_size), args.folder / "decoder")
+    tokenizer = Tokenizer.load(args.folder / "decoder")
     if args.part in ("all", "vision"):
         model = pretrain_vision(config, tokenizer, args.vision_steps, args.pool).half()
         save_clip(model, args.folder / "vision")
     if args.part in ("all", "decoder"):
         model = pretrain_decoder(config, tokenizer, args.decoder_steps).half()
         save_llama(model, args.folder / "decoder")
-        write_tokenizer(tokenizer, args.folder / "decoder")
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def write_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIAL, strict=False))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": False, **names}

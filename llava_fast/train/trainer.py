@@ -11,7 +11,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llava_fast.batch import PackedBatch
 from llava_fast.checkpoint import save_projector
-from llava_fast.data.loader import EncodeOptions, Plan, fingerprint, load_steps, measure, plan_run
+from llava_fast.data.loader import EncodeOptions, Plan, SampleSource, fingerprint, load_steps, measure, plan_run
 from llava_fast.errors import ConfigError, LlavaError, SampleError, TrainingError
 from llava_fast.model import Llava
 from llava_fast.pretrained import save
@@ -31,8 +31,6 @@ from llava_fast.train.flops import peak_of, step_flops
 from llava_fast.train.log import Log, plot_losses
 from llava_fast.train.optimizer import MasterAdamW, cosine
 from llava_fast.train.recipe import Recipe
-
-Samples = Sequence[dict[str, Any]]
 
 
 @dataclass
@@ -72,10 +70,10 @@ class Trainer:
         model: Llava,
         processor: Processor,
         recipe: Recipe,
-        samples: Samples,
+        samples: SampleSource,
         out: Path,
         *,
-        eval_samples: Samples | None = None,
+        eval_samples: SampleSource | None = None,
         wandb: str | None = None,
     ):
         self.model, self.recipe, self.samples, self.out = model, recipe, samples, out
@@ -87,7 +85,7 @@ class Trainer:
         self.stop_asked = threading.Event()
         self.skipped: dict[str, str] = {}
 
-    # ---- before the first step ----------------------------------------------------------------------------------------
+    # ---- before the first step ---------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Freeze, measure, plan, and take up the newest checkpoint."""
@@ -117,9 +115,9 @@ class Trainer:
 
     def claim_folder(self, data: str) -> None:
         """Remember what run this folder is of; refuse to go on with a different one."""
-        mine = {"recipe": dataclasses.asdict(self.recipe), "data": data, "model": dataclasses.asdict(self.model.config)}
-        for name in ("workers", "log_every", "save_every", "keep", "eval_every"):  # change nothing that is learned
-            del mine["recipe"][name]
+        free = ("workers", "log_every", "save_every", "keep", "eval_every")  # these change nothing that is learned
+        chosen = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in free}
+        mine = {"recipe": chosen, "data": data, "model": dataclasses.asdict(self.model.config)}
         mine = json.loads(json.dumps(mine))
         path = self.out / "run.json"
         if not path.exists():
@@ -203,8 +201,8 @@ class Trainer:
     def train_step(self, batches: list[PackedBatch], total: int) -> StepResult:
         """Forward and backward over the bins of the step, then one update.
 
-        The loss is the mean over all supervised tokens of the global batch: each bin's sum is divided by their count over
-        all bins, so a bin with few answers does not weigh as much as one with many.
+        The loss is the mean over all supervised tokens of the global batch: each bin's sum is divided by their count
+        over all bins, so a bin with few answers does not weigh as much as one with many.
         """
         supervised = sum(batch.num_supervised for batch in batches)
         loss = torch.zeros((), device=self.model.device)
@@ -244,7 +242,7 @@ class Trainer:
         return "\n".join(lines)
 
     def report(self, pending: list[StepResult]) -> None:
-        """Fetch the numbers of the steps since the last report, check them, write them down. The one host sync."""
+        """Fetch the numbers of the steps since the last report, check them, write them down: the one host sync."""
         if not pending:
             return
         seconds = time.perf_counter() - self.clock
@@ -356,7 +354,7 @@ class Trainer:
         return summary
 
 
-def held_out_loss(model: Llava, processor: Processor, recipe: Recipe, samples: Samples, workers: int) -> float:
+def held_out_loss(model: Llava, processor: Processor, recipe: Recipe, samples: SampleSource, workers: int) -> float:
     """Mean cross entropy over the supervised tokens of ``samples``, images where the data puts them."""
     options = EncodeOptions(recipe.mask, "as_written", recipe.seed)
     lengths, _ = measure(samples, processor, options, workers)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
 from llava_kernels import (
     linear_cross_entropy,
     linear_gelu,
@@ -14,7 +16,6 @@ from llava_kernels import (
     swiglu,
     varlen_attention,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 
 @pytest.fixture(autouse=True)

@@ -94,9 +94,9 @@ def test_batch_of_another_models_processor_is_refused():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ConfigError, match="attention='flash9'.*choose auto"):
+    with pytest.raises(ConfigError, match=r"attention='flash9'.*choose auto"):
         lf.Llava(lf.ModelConfig.preset("tiny"), attention="flash9")
-    with pytest.raises(ConfigError, match="preset='huge'.*llava-1.5-7b"):
+    with pytest.raises(ConfigError, match=r"preset='huge'.*llava-1.5-7b"):
         lf.ModelConfig.preset("huge")
 
 
@@ -111,7 +111,10 @@ def test_presets_have_the_published_sizes():
     for name, (text, vision, projector) in expected.items():
         with torch.device("meta"):
             model = lf.Llava(lf.ModelConfig.preset(name), device="meta", seed=None)
-        count = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("decoder", "lm_head", "projector", "vision_tower")}
+        count = {
+            part: sum(p.numel() for p in getattr(model, part).parameters())
+            for part in ("decoder", "lm_head", "projector", "vision_tower")
+        }
         assert count["decoder"] + count["lm_head"] == text
         assert count["vision_tower"] == vision
         assert count["projector"] == projector
@@ -136,5 +139,3 @@ def test_generation_stops_at_stop_tokens():
     stop = free[0][3]
     cut = model.generate(batch, max_new_tokens=12, stop_ids=(stop,))
     assert cut[0] == free[0][: free[0].index(stop)]
-
-

@@ -94,7 +94,9 @@ def in_memory(canonical: str) -> str:
     """What transformers calls a tensor of the hub layout once loaded."""
     if canonical.startswith("language_model.lm_head"):
         return canonical.removeprefix("language_model.")
-    name = canonical.replace("language_model.model.", "language_model.").replace("vision_tower.vision_model.", "vision_tower.")
+    name = canonical.replace("language_model.model.", "language_model.").replace(
+        "vision_tower.vision_model.", "vision_tower."
+    )
     return f"model.{name}"
 
 

@@ -40,7 +40,12 @@ def trainer(small, tmp_path):
         changes = {"batch_size": 8, "log_every": 1, "save_every": 2, "workers": 0, "template": "v1", **changes}
         chosen = recipe("paper-stage2" if changes.get("stage") == 2 else "paper-stage1", **{"epochs": 1, **changes})
         return Trainer(
-            model, processor, chosen, Scenes(32, 5) if samples is None else samples, tmp_path / out, eval_samples=eval_samples
+            model,
+            processor,
+            chosen,
+            Scenes(32, 5) if samples is None else samples,
+            tmp_path / out,
+            eval_samples=eval_samples,
         )
 
     return make

@@ -63,7 +63,7 @@ def test_one_flipped_bit_is_found(tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     assert checkpoints.load_newest(tmp_path)[1]["step"] == 1
-    with pytest.raises(CheckpointError, match="tensors.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=r"tensors\.safetensors is damaged"):
         checkpoints.check(newest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -101,8 +102,8 @@ def test_schedule():
     rates = [cosine(i, 1000, 0.03) for i in range(1000)]
     assert rates[0] == pytest.approx(1 / 31)
     assert rates[30] == max(rates) == 1.0
-    assert all(a < b for a, b in zip(rates[:30], rates[1:31], strict=True))
-    assert all(a > b for a, b in zip(rates[30:], rates[31:], strict=False))
+    assert all(a < b for a, b in pairwise(rates[:31]))
+    assert all(a > b for a, b in pairwise(rates[30:]))
     assert rates[515] == pytest.approx(0.5)  # half way down
     assert rates[999] == pytest.approx((1 + math.cos(math.pi * 969 / 970)) / 2)
     assert cosine(0, 1, 0.0) == 1.0

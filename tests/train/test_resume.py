@@ -32,7 +32,7 @@ def steps_logged(out: Path) -> int:
 
 
 def start_and_stop(arguments: list[str], out: Path, at_step: int, number: signal.Signals) -> int:
-    """Start the run in a process group of its own, send ``number`` once ``at_step`` is logged; returns its exit code."""
+    """Start the run in a process group of its own and send ``number`` once ``at_step`` is logged; its exit code."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     while steps_logged(out) < at_step:
