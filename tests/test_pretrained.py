@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 import llava_fast as lf
-from llava_fast.checkpoint import save_model
+from llava_fast.checkpoint import save_llama, save_model
 from llava_fast.config import TextConfig, VisionConfig
 from llava_fast.errors import CheckpointError, ConfigError
 from llava_fast.pretrained import load, save
@@ -44,7 +44,7 @@ SAMPLE = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.load(real_data("tokenizer", "llama2_tokenizer.model"))
 
@@ -158,8 +158,6 @@ def test_tokenizer_of_the_base(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, _ = made(CONFIG, tokenizer)
     save_model(model, tmp_path / "delta", format="authors")
     tokenizer.save(tmp_path / "base")
-    from llava_fast.checkpoint import save_llama
-
     save_llama(model, tmp_path / "base")
     loaded, loaded_processor = load(tmp_path / "delta", base=tmp_path / "base")
     assert loaded_processor.tokenizer.vocab_size == 32000

@@ -102,7 +102,7 @@ class AuthorsCheckpoint:
         return ModelConfig(
             vision=vision,
             text=text,
-            projector=fields.get("mm_projector_type", "linear"),
+            projector=fields.get("mm_projector_type") or "linear",
             select_layer=fields.get("mm_vision_select_layer", -2),
             select_feature=fields.get("mm_vision_select_feature", "patch"),
             dtype=dtype_name(fields),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava_fast.batch import PackedBatch
-from llava_fast.data.packing import plan_bins
+from llava_fast.data.packing import fill, plan_bins
 from llava_fast.errors import ImageError, LlavaError, SampleError
 from llava_fast.processor import Encoded, Processor
 
@@ -115,8 +116,7 @@ def plan_run(lengths: np.ndarray, *, batch_size: int, max_tokens: int, epochs: i
         )
     sizes = lengths[usable]
     steps_an_epoch = max(1, round(len(usable) / batch_size))
-    bins_a_step = -(-int(sizes.sum()) // (steps_an_epoch * max_tokens))
-    bin_tokens = choose_bin_tokens(sizes, steps_an_epoch * bins_a_step, max_tokens, seed)
+    bin_tokens = choose_bin_tokens(sizes, sizes.sum() / steps_an_epoch, max_tokens, seed)
     steps = []
     capacity = 0
     for epoch in range(epochs):
@@ -127,15 +127,23 @@ def plan_run(lengths: np.ndarray, *, batch_size: int, max_tokens: int, epochs: i
     return Plan(steps, bin_tokens, int(sizes.sum()) * epochs / capacity)
 
 
-def choose_bin_tokens(sizes: np.ndarray, count: int, max_tokens: int, seed: int) -> int:
-    """The least capacity, in a few tries, with which the samples pack into ``count`` bins; at most ``max_tokens``."""
-    for slack in (0.003, 0.01, 0.02, 0.03):
-        capacity = max(int(sizes.max()), int(sizes.sum() / count * (1 + slack)) + 1)
-        if capacity >= max_tokens:
-            return max_tokens
-        if len(plan_bins(sizes, capacity, seed=seed)) <= count:
-            break
-    return capacity
+def choose_bin_tokens(sizes: np.ndarray, tokens_a_step: float, max_tokens: int, seed: int) -> int:
+    """A capacity of at most ``max_tokens`` that a step's tokens fill: the largest bins first, the first that is 97% full.
+
+    Samples of much the same length leave a gap at the end of a bin that only another capacity closes.
+    """
+    sample = np.random.default_rng(seed).permutation(sizes)[:20_000]
+    best = (0.0, max_tokens)
+    fewest = math.ceil(tokens_a_step / max_tokens)
+    for count in range(fewest, fewest + 3):
+        for slack in (0.003, 0.01, 0.02, 0.03):
+            wanted = max(int(sizes.max()), int(tokens_a_step / count * (1 + slack)) + 1)
+            capacity = min(max_tokens, wanted)
+            share = fill(plan_bins(sample, capacity, seed=seed), sample, capacity)
+            if share >= 0.97:
+                return capacity
+            best = max(best, (share, capacity))
+    return best[1]
 
 
 class Bins(Dataset):

@@ -20,8 +20,8 @@ def plan_bins(
 
     Samples are shuffled and cut into windows. Inside a window the longest sample goes first, each into the fullest bin
     that still has room for it (best-fit decreasing). Windows, and lengths within 4% counting as equal, keep what shares
-    a bin random from epoch to epoch. At the end the bins are shuffled, and a bin's samples stand in shuffled order, so
-    nothing is sorted by length.
+    a bin random from epoch to epoch. At the end the bins are shuffled, and the samples within each, so nothing is
+    sorted by length.
 
     Args:
         lengths: (N,) tokens of each sample, image tokens included.
@@ -44,7 +44,7 @@ def plan_bins(
     bins: list[np.ndarray] = []
     for start in range(0, len(order), window):
         members = order[start : start + window]
-        bins += [members[places] for places in _best_fit_decreasing(sizes[members], bin_tokens)]
+        bins += [random.permutation(members[b]) for b in _best_fit_decreasing(sizes[members], bin_tokens)]
     return [bins[i] for i in random.permutation(len(bins))]
 
 
@@ -69,8 +69,8 @@ def _check_lengths(lengths: Sequence[int] | np.ndarray, bin_tokens: int) -> np.n
     return sizes.astype(np.int64)
 
 
-def _best_fit_decreasing(sizes: np.ndarray, bin_tokens: int) -> list[np.ndarray]:
-    """Bins of positions in ``sizes``, each in ascending order."""
+def _best_fit_decreasing(sizes: np.ndarray, bin_tokens: int) -> list[list[int]]:
+    """Bins of positions in ``sizes``, the longest sample first."""
     longest_first = np.argsort(-np.floor(np.log2(sizes) * _STEPS), kind="stable")
     bins: list[list[int]] = []
     rooms: list[int] = []  # sorted; the bins that are not full
@@ -85,4 +85,4 @@ def _best_fit_decreasing(sizes: np.ndarray, bin_tokens: int) -> list[np.ndarray]
         bins[number].append(position)
         if room > size:
             insort(rooms, (room - size) << _BIN_BITS | number)
-    return [np.sort(np.array(members, np.int64)) for members in bins]
+    return bins

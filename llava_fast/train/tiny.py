@@ -91,9 +91,9 @@ def pretrain_decoder(config: ModelConfig, tokenizer: Tokenizer, steps: int) -> L
     parts = [p for name, p in model.named_parameters() if name.startswith(("decoder.", "lm_head."))]
 
     def loss() -> Tensor:
-        return model.loss(processor.pack([as_text(*next(source)) for _ in range(32)]))
+        return model.loss(processor.pack([as_text(*next(source)) for _ in range(24)]))
 
-    fit("decoder", parts, loss, steps, lr=2e-3)
+    fit("decoder", parts, loss, steps, lr=3e-3)
     return model
 
 
@@ -180,9 +180,9 @@ def main() -> None:
         prog="python -m llava_fast.train.tiny", description="Make the pretrained parts of the tiny preset."
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--vision-steps", type=int, default=2500)
-    parser.add_argument("--decoder-steps", type=int, default=1500)
-    parser.add_argument("--pool", type=int, default=50_000, help="scenes that the vision tower learns from")
+    parser.add_argument("--vision-steps", type=int, default=1000)
+    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--pool", type=int, default=30_000, help="scenes that the vision tower learns from")
     parser.add_argument("--part", choices=("all", "vision", "decoder"), default="all")
     args = parser.parse_args()
     config = ModelConfig.preset("tiny")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import llava_fast as lf
 from llava_fast.checkpoint import config_of, load_model, save_model
@@ -220,8 +220,6 @@ def test_config_of_the_hub(tmp_path: Path) -> None:
         "torch_dtype": "float16",
     }
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    from transformers import LlavaConfig
-
     theirs, ours = LlavaConfig.from_pretrained(tmp_path), config_of(tmp_path)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         assert getattr(ours.text, name) == getattr(theirs.text_config, name)
@@ -318,11 +316,7 @@ def test_vocabulary_grows_where_it_holds_no_image_token(tmp_path: Path, tied: bo
     torch.testing.assert_close(
         logits[:, VOCAB:], logits[:, :VOCAB].mean(1, keepdim=True).expand(-1, 32), atol=1e-4, rtol=0
     )
-    assert_same_logits_grown(load_model(tmp_path / "ours"), logits)
-
-
-def assert_same_logits_grown(ours: lf.Llava, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(our_logits(ours), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(our_logits(load_model(tmp_path / "ours")), logits, atol=1e-4, rtol=0)
 
 
 def test_linear_is_written_as_identity(tmp_path: Path, saved: Path) -> None:

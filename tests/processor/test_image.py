@@ -64,9 +64,9 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 @pytest.mark.parametrize("size", [224, 336])
 def test_real_photos_match_transformers(size: int, aspect: str):
     photos = sorted(real_data("photos").iterdir())
-    photos += sorted(real_data("llava_pretrain", "images").rglob("*.jpg"))[::40]
+    photos += sorted(real_data("llava_pretrain", "images").rglob("*.jpg"))[::50]
     photos += sorted(real_data("scienceqa", "images").rglob("*.png"))[::20]
-    assert len(photos) > 15
+    assert len(photos) > 12
     processor = ImageProcessor(size, aspect)
     for path in photos:
         apart = difference(processor(path), reference(load_image(path), size, aspect))
@@ -98,7 +98,7 @@ def test_elongated_pictures_match_transformers(shape: tuple[int, int], aspect: s
 
 
 @pytest.mark.parametrize("aspect", ["square", "pad"])
-@pytest.mark.parametrize("size", [48, 112])
+@pytest.mark.parametrize("size", [48, 64])
 @pytest.mark.parametrize("shape", ELONGATED)
 def test_computing_only_a_part_changes_nothing(
     shape: tuple[int, int], size: int, aspect: str, monkeypatch: pytest.MonkeyPatch
@@ -192,7 +192,8 @@ def test_other_mean_and_std():
 
 def test_threads_agree():
     processor, image = ImageProcessor(64, "pad"), encode(smooth(120, 90), "PNG")
-    expected, results = processor(image), []
+    expected = processor(image)
+    results: list[torch.Tensor] = []
     threads = [threading.Thread(target=lambda: results.extend(processor(image) for _ in range(10))) for _ in range(4)]
     for thread in threads:
         thread.start()
