@@ -128,7 +128,7 @@ def plan_run(lengths: np.ndarray, *, batch_size: int, max_tokens: int, epochs: i
 
 
 def choose_bin_tokens(sizes: np.ndarray, tokens_a_step: float, max_tokens: int, seed: int) -> int:
-    """A capacity of at most ``max_tokens`` that a step's tokens fill: the largest bins first, the first that is 97% full.
+    """A capacity of at most ``max_tokens`` that a step's tokens fill to 97%, the largest first; else the best tried.
 
     Samples of much the same length leave a gap at the end of a bin that only another capacity closes.
     """

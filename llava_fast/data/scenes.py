@@ -237,8 +237,8 @@ DETAIL_REQUESTS = (
 
 
 def conversation(scene: Scene, rng: Random) -> list[Turn]:
-    """Four questions of different kinds."""
-    return [QUESTIONS[kind](scene, rng) for kind in rng.sample(tuple(QUESTIONS), 4)]
+    """A question of every kind, in any order."""
+    return [QUESTIONS[kind](scene, rng) for kind in rng.sample(tuple(QUESTIONS), len(QUESTIONS))]
 
 
 def detail(scene: Scene, rng: Random) -> list[Turn]:

@@ -189,9 +189,11 @@ def start_from(
     if args.image_aspect:
         changes["image_aspect"] = args.image_aspect
     model.config = model.config.replace(**changes)
-    processor = Processor.from_config(model.config, tokenizer)
-    processor.max_length = chosen.max_length
-    return model, processor
+    prepared = Processor.from_config(model.config, tokenizer)
+    prepared.max_length = chosen.max_length
+    if args.model and not args.image_aspect:
+        prepared.image = processor.image  # as the checkpoint's own preprocessor_config.json has it
+    return model, prepared
 
 
 def preset_for(name: str, tokenizer: Any, shape: dict[str, Any]) -> ModelConfig:

@@ -60,6 +60,7 @@ def run(
         "accuracy_after_stage1": aligned["accuracy"],
         "questions": QUIZZES,
         "seconds": time.perf_counter() - started,
+        "tokens_per_s": (first["tokens"] + second["tokens"]) / (first["seconds"] + second["seconds"]),
         "model": str(out / "stage2" / "model"),
         "stage1": first,
         "stage2": second,

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -26,13 +27,14 @@ from tqdm import tqdm
 
 from llava_fast.checkpoint import save_clip, save_llama
 from llava_fast.config import ModelConfig
-from llava_fast.data.scenes import KINDS, Scene, as_sample, scene_at, turns_for
+from llava_fast.data.scenes import FORMS, KINDS, Scene, as_sample, scene_at, turns_for
 from llava_fast.model import Llava
 from llava_fast.processor import ImageProcessor, Processor, Tokenizer
 from llava_fast.processor.conversation import TEMPLATES
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 UNK, BOS, EOS, PAD, IMAGE = range(5)
+TWINS = 4  # scenes of a contrastive batch that differ in their forms alone
 SEED = 1_000_003  # of the pretraining scenes: neither the training set's nor the held-out set's
 
 
@@ -46,11 +48,12 @@ def describe(scene: Scene, rng: Random) -> str:
 
 
 def documents(seed: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(description, turns) without end: every kind of instruction data, on a picture told in words."""
+    """(description, turns) without end: a scene told in words, and every kind of instruction data about it."""
     index = 0
     while True:
         scene, rng = scene_at(seed, index)
-        yield describe(scene, rng), turns_for(scene, KINDS[index % len(KINDS)], rng)
+        turns = [turn for kind in KINDS for turn in turns_for(scene, kind, rng)]
+        yield describe(scene, rng), rng.sample(turns, len(turns))
         index += 1
 
 
@@ -70,7 +73,7 @@ def train_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
     )
     source = documents(SEED)
     texts = []
-    for _ in range(4000):
+    for _ in range(2000):
         description, turns = next(source)
         texts.append(" ".join([TEMPLATES["v1"].system, description, *(f"USER: {q} ASSISTANT: {a}" for q, a in turns)]))
     tokenizer.train_from_iterator(texts, trainer)
@@ -81,7 +84,7 @@ def train_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def pretrain_decoder(config: ModelConfig, tokenizer: Tokenizer, steps: int) -> Llava:
-    """Instruction tuning on text alone: answers about descriptions in words; the picture is what they will stand for."""
+    """Instruction tuning on text alone: questions and answers about scenes described in words."""
     model = Llava(config, seed=1)
     with torch.no_grad():  # a narrow model learns sooner from larger weights than N(0, 0.02)
         for weight in (p for p in model.decoder.parameters() if p.dim() == 2):
@@ -91,9 +94,9 @@ def pretrain_decoder(config: ModelConfig, tokenizer: Tokenizer, steps: int) -> L
     parts = [p for name, p in model.named_parameters() if name.startswith(("decoder.", "lm_head."))]
 
     def loss() -> Tensor:
-        return model.loss(processor.pack([as_text(*next(source)) for _ in range(24)]))
+        return model.loss(processor.pack([as_text(*next(source)) for _ in range(12)]))
 
-    fit("decoder", parts, loss, steps, lr=3e-3)
+    fit("decoder", parts, loss, steps, lr=2e-3)
     return model
 
 
@@ -125,7 +128,10 @@ class CaptionEncoder(nn.Module):
 
 
 def pretrain_vision(config: ModelConfig, tokenizer: Tokenizer, steps: int, pool: int, batch_size: int = 256) -> Llava:
-    """CLIP's symmetric contrastive loss between the class token of the last layer and the caption."""
+    """CLIP's symmetric contrastive loss between the class token of the last layer and the caption.
+
+    A batch holds groups of scenes that differ in their forms alone, as hard negatives.
+    """
     model = Llava(config, seed=2)
     tower, dim = model.vision_tower, config.vision.hidden_size
     tower.layers_run = config.vision.num_hidden_layers  # the class token is read after the last layer
@@ -133,7 +139,8 @@ def pretrain_vision(config: ModelConfig, tokenizer: Tokenizer, steps: int, pool:
     process = ImageProcessor(config.vision.image_size, "square")
     pixels, captions = [], []
     for index in tqdm(range(pool), desc="scenes", unit="scene"):
-        scene, rng = scene_at(SEED, index)
+        scene, rng = scene_at(SEED, index // TWINS)
+        scene = with_other_forms(scene, rng) if index % TWINS else scene
         pixels.append(process(scene.image()).half())
         captions.append(torch.tensor(tokenizer.encode(describe(scene, rng), prefix=False)[0]))
     images = torch.stack(pixels)
@@ -146,7 +153,8 @@ def pretrain_vision(config: ModelConfig, tokenizer: Tokenizer, steps: int, pool:
     generator = torch.Generator().manual_seed(4)
 
     def loss() -> Tensor:
-        rows = torch.randint(pool, (batch_size,), generator=generator)
+        groups = torch.randperm(pool // TWINS, generator=generator)[: batch_size // TWINS]
+        rows = (groups.unsqueeze(1) * TWINS + torch.arange(TWINS)).flatten()
         seen = F.normalize(to_shared(tower.post_norm(tower(images[rows].float())[:, 0])), dim=-1)
         told = F.normalize(text_encoder(texts[rows]), dim=-1)
         scores = seen @ told.T * scale.clamp(max=math.log(100)).exp()
@@ -155,6 +163,13 @@ def pretrain_vision(config: ModelConfig, tokenizer: Tokenizer, steps: int, pool:
 
     fit("vision tower", parts, loss, steps, lr=1e-3)
     return model
+
+
+def with_other_forms(scene: Scene, rng: Random) -> Scene:
+    """The scene with its forms drawn anew: colours and places alone then no longer tell it from its twins."""
+    forms = rng.sample(FORMS, len(scene.shapes))
+    shapes = tuple(replace(shape, form=form) for shape, form in zip(scene.shapes, forms, strict=True))
+    return Scene(shapes, scene.background)
 
 
 def fit(name: str, parts: list[nn.Parameter], loss_of_batch, steps: int, lr: float) -> None:

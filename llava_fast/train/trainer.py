@@ -349,6 +349,7 @@ class Trainer:
             "tokens_per_s": self.tokens / self.seconds,
             "supervised_tokens_per_s": self.supervised / self.seconds,
             "bin_fill": self.plan.fill,
+            "losses": [r["loss"] for r in steps],
         }
         write_json(self.out / "summary.json", summary)
         return summary
