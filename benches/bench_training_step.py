@@ -18,7 +18,7 @@ import llava_fast as lf
 from benches.lengths import LCS_558K, mixed
 from llava_fast.checkpoint import save_model
 from llava_fast.config import IGNORE, TextConfig, VisionConfig
-from llava_fast.train.trainer import freeze
+from llava_fast.train.stages import freeze
 
 IMAGE = 31_999
 CONFIG = lf.ModelConfig(

@@ -58,7 +58,7 @@ class Plan:
 class Lengths(Dataset):
     """Sample index -> its number of tokens, 0 when it cannot be used, and why.
 
-    A random image place is measured as the first one; the other can differ by a token or two, which bins can bear.
+    A random image place is measured as the first one; the other can differ by a few tokens, which bins can bear.
     """
 
     def __init__(self, samples: SampleSource, processor: Processor, options: EncodeOptions):

@@ -20,8 +20,9 @@ from llava_fast.model import Llava
 from llava_fast.pretrained import load
 from llava_fast.processor import Processor, Tokenizer
 from llava_fast.train import demo
+from llava_fast.train.interrupt import Interrupted
 from llava_fast.train.recipe import RECIPES, Recipe, recipe
-from llava_fast.train.trainer import Interrupted, Trainer
+from llava_fast.train.trainer import Trainer
 
 EPILOG = """\
 examples:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from llava_fast.checkpoint import join
+from llava_fast.checkpoint.files import write_json
 from llava_fast.data.scenes import QUESTIONS, Quiz, Scenes, held_out
 from llava_fast.model import Llava
 from llava_fast.processor import Processor, Tokenizer
 from llava_fast.train.recipe import recipe
-from llava_fast.train.trainer import Trainer, write_json
+from llava_fast.train.trainer import Trainer
 
 PARTS = Path(__file__).parent / "tiny"  # what CLIP and Vicuna are to LLaVA; made by llava_fast.train.tiny
 TRAIN_SEED, EVAL_SEED = 1, 2

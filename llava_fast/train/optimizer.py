@@ -101,6 +101,5 @@ class MasterAdamW:
             master.copy_(tensors[f"weight.{name}"])
             moments = {k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors}
             if moments:
-                on_device = {k: v.to(master.device) if v.dim() else v for k, v in moments.items()}
-                self.adam.state[master] = on_device
+                self.adam.state[master] = {k: v.to(master.device) for k, v in moments.items()}
         self._publish()

@@ -196,7 +196,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vision-steps", type=int, default=1000)
-    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--decoder-steps", type=int, default=1200)
     parser.add_argument("--pool", type=int, default=30_000, help="scenes that the vision tower learns from")
     parser.add_argument("--part", choices=("all", "vision", "decoder"), default="all")
     args = parser.parse_args()

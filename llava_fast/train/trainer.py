@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import resource
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from llava_fast.batch import PackedBatch
 from llava_fast.checkpoint import save_projector
+from llava_fast.checkpoint.files import write_json
 from llava_fast.data.loader import EncodeOptions, Plan, SampleSource, fingerprint, load_steps, measure, plan_run
 from llava_fast.errors import ConfigError, LlavaError, SampleError, TrainingError
 from llava_fast.model import Llava
@@ -28,9 +27,11 @@ from llava_fast.pretrained import save
 from llava_fast.processor import Processor
 from llava_fast.train import checkpoints
 from llava_fast.train.flops import peak_of, step_flops
+from llava_fast.train.interrupt import Interrupted, interrupts
 from llava_fast.train.log import Log, plot_losses
 from llava_fast.train.optimizer import MasterAdamW, cosine
 from llava_fast.train.recipe import Recipe
+from llava_fast.train.stages import freeze, trained
 
 
 @dataclass
@@ -45,10 +46,6 @@ class StepResult:
     supervised: int
     flops: float
     lr: float
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, has saved, and can be started again."""
 
 
 class Trainer:
@@ -214,7 +211,7 @@ class Trainer:
             loss += part.detach()
             flops += step_flops(self.model.config, batch, train_decoder=self.recipe.stage == 2)
         factor = cosine(self.step, total, self.recipe.warmup_ratio)
-        norm = self.optimizer.step(factor) if batches else torch.zeros(())
+        norm = self.optimizer.step(factor) if batches else torch.zeros_like(loss)
         return StepResult(
             step=self.step + 1,
             loss=loss,
@@ -370,54 +367,11 @@ def held_out_loss(model: Llava, processor: Processor, recipe: Recipe, samples: S
     return total / count
 
 
-def freeze(model: Llava, stage: int) -> None:
-    """Stage 1 trains the projector, stage 2 the projector and the decoder with its head; the tower never."""
-    model.requires_grad_(False)
-    model.projector.requires_grad_(True)
-    if stage == 2:
-        model.decoder.requires_grad_(True)
-        if model.lm_head is not None:
-            model.lm_head.requires_grad_(True)
-
-
-def trained(model: Llava) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-@contextlib.contextmanager
-def interrupts(asked: threading.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set ``asked`` instead of breaking a step; a second Ctrl-C breaks at once.
-
-    Outside the main thread, where handlers cannot be set, nothing is changed.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def memory_gb(device: torch.device) -> float:
     """Peak memory: of the card on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

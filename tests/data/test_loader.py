@@ -67,11 +67,11 @@ def test_measured_lengths_are_those_of_the_batches(processor):
     assert fingerprint(lengths) != fingerprint(lengths[:-1])
 
 
-def test_random_placement_is_measured_within_a_token_or_two(processor):
+def test_random_placement_is_measured_within_a_few_tokens(processor):
     samples, options = Scenes(12, 3), EncodeOptions(image_position="random", seed=4)
     lengths, _ = measure(samples, processor, options)
     actual = processor.pack([samples[i] for i in range(12)], image_position="random", seed=4).seqlens
-    assert np.abs(lengths - actual).max() <= 2
+    assert np.abs(lengths - actual).max() <= 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -49,7 +49,7 @@ WRONG = {
     "no-start": (["--data", "DATA"], "give one start: --model DIR"),
     "two-starts": (["--data", "DATA", "--model", "x", *START], "give one start"),
     "no-file": (["--data", "nothing.json", *START], "nothing.json"),
-    "not-json": (["--data", "TEXT", *START], "TEXT"),
+    "not-json": (["--data", "TEXT", *START], "'text.txt line 1': expected a JSON object"),
     "no-model": (["--data", "DATA", "--model", "no/such"], "no/such"),
     "no-tokenizer": (["--data", "DATA", "--preset", "tiny", "--tokenizer", "none"], "none"),
     "stage-and-recipe": (["--data", "DATA", *START, "--recipe", "paper-stage1", "--stage", "2"], "is of stage 1"),
