@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,18 +10,16 @@ import numpy as np
 from llava_fast.errors import ConfigError, SampleError
 
 _STEPS = 16  # lengths are told apart in steps of 1/16 of a doubling; the shuffled order decides between equals
-_BIN_BITS = 32  # a bin's free room and its number share one integer: room << 32 | number
 
 
 def plan_bins(
-    lengths: Sequence[int] | np.ndarray, bin_tokens: int, seed: int | Sequence[int], window: int = 8192
+    lengths: Sequence[int] | np.ndarray, bin_tokens: int, seed: int | Sequence[int], window: int = 16_384
 ) -> list[np.ndarray]:
     """Puts samples of known length into bins of at most ``bin_tokens`` tokens, every sample once.
 
-    Samples are shuffled and cut into windows. Inside a window the longest sample goes first, each into the fullest bin
-    that still has room for it (best-fit decreasing). Windows, and lengths within 4% counting as equal, keep what shares
-    a bin random from epoch to epoch. At the end the bins are shuffled, and the samples within each, so nothing is
-    sorted by length.
+    Samples are shuffled and cut into windows. A window gets as many bins as its tokens need, and from the longest
+    sample to the shortest each goes into the emptiest bin. So the short ones fill up what the long ones leave, and
+    every bin holds its share of both: the gradient of a bin is not of long samples or of short ones alone.
 
     Args:
         lengths: (N,) tokens of each sample, image tokens included.
@@ -30,7 +28,7 @@ def plan_bins(
         window: samples that are packed together. More pack tighter.
 
     Returns:
-        The bins: int64 arrays of sample indices.
+        The bins, in shuffled order: int64 arrays of sample indices, in shuffled order too.
 
     Raises:
         ConfigError: ``bin_tokens`` or ``window`` is not positive, or ``lengths`` is not a list of whole numbers.
@@ -44,8 +42,8 @@ def plan_bins(
     bins: list[np.ndarray] = []
     for start in range(0, len(order), window):
         members = order[start : start + window]
-        bins += [random.permutation(members[b]) for b in _best_fit_decreasing(sizes[members], bin_tokens)]
-    return [bins[i] for i in random.permutation(len(bins))]
+        bins += [members[places] for places in _emptiest_first(sizes[members], bin_tokens, random)]
+    return [random.permutation(bins[i]) for i in random.permutation(len(bins))]
 
 
 def fill(bins: Sequence[np.ndarray], lengths: Sequence[int] | np.ndarray, bin_tokens: int) -> float:
@@ -69,20 +67,19 @@ def _check_lengths(lengths: Sequence[int] | np.ndarray, bin_tokens: int) -> np.n
     return sizes.astype(np.int64)
 
 
-def _best_fit_decreasing(sizes: np.ndarray, bin_tokens: int) -> list[list[int]]:
-    """Bins of positions in ``sizes``, the longest sample first."""
-    longest_first = np.argsort(-np.floor(np.log2(sizes) * _STEPS), kind="stable")
-    bins: list[list[int]] = []
-    rooms: list[int] = []  # sorted; the bins that are not full
+def _emptiest_first(sizes: np.ndarray, bin_tokens: int, random: np.random.Generator) -> list[list[int]]:
+    """Bins of positions in ``sizes``, balanced (longest processing time first; Graham, 1969)."""
+    # Lengths within a few percent count as equal, or small data sets would share their bins alike in every epoch.
+    longest_first = np.argsort(-sizes * random.uniform(0.96, 1.04, len(sizes)))
+    bins: list[list[int]] = [[] for _ in range(-(-int(sizes.sum()) // bin_tokens))]
+    used = [(0, number) for number in range(len(bins))]  # a heap: the emptiest bin first
     for position, size in zip(longest_first.tolist(), sizes[longest_first].tolist(), strict=True):
-        fit = bisect_left(rooms, size << _BIN_BITS)  # the least room that is enough
-        if fit < len(rooms):
-            key = rooms.pop(fit)
-            room, number = key >> _BIN_BITS, key & ((1 << _BIN_BITS) - 1)
+        tokens, number = used[0]
+        if tokens + size <= bin_tokens:
+            heapq.heapreplace(used, (tokens + size, number))
         else:
-            room, number = bin_tokens, len(bins)
+            number = len(bins)
             bins.append([])
+            heapq.heappush(used, (size, number))
         bins[number].append(position)
-        if room > size:
-            insort(rooms, (room - size) << _BIN_BITS | number)
     return bins

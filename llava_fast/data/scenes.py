@@ -31,7 +31,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (30, 30, 34),
 }
 FORMS = ("circle", "square", "triangle", "star", "cross", "diamond")
-SIZES = {"small": 0.26, "large": 0.44}  # half the width, as a share of the cell
+SIZES = {"small": 0.32, "large": 0.47}  # half the width, as a share of the cell
 PLACES = (
     ("top left", "top", "top right"),
     ("left", "center", "right"),
@@ -88,10 +88,10 @@ class Scene:
         for cell, form, color in zip(cells, forms, colors, strict=True):
             size = rng.choice(tuple(SIZES))
             row, column = divmod(cell, 3)
-            radius = SIZES[size] * CELL * rng.uniform(0.92, 1.05)
+            radius = SIZES[size] * CELL * rng.uniform(0.95, 1.05)
             slack = CELL / 2 - radius
-            x = (column + 0.5) * CELL + rng.uniform(-slack, slack) * 0.8
-            y = (row + 0.5) * CELL + rng.uniform(-slack, slack) * 0.8
+            x = (column + 0.5) * CELL + rng.uniform(-slack, slack) * 0.6
+            y = (row + 0.5) * CELL + rng.uniform(-slack, slack) * 0.6
             shapes.append(Shape(form, color, size, row, column, x, y, radius))
         light = rng.randint(214, 250)
         background = (light + rng.randint(-6, 5), light + rng.randint(-6, 5), light + rng.randint(-6, 5))

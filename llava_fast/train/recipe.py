@@ -78,7 +78,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "llava-1.5-stage2": {"stage": 2, "lr": 2e-5, "batch_size": 128, "template": "v1", "image_position": "first"},
     # The built-in demonstration.
     "tiny-stage1": {"stage": 1, "lr": 5e-3, "batch_size": 64, "template": "plain", "log_every": 5, "save_every": 50},
-    "tiny-stage2": {"stage": 2, "lr": 1e-3, "batch_size": 48, "template": "v1", "log_every": 5, "save_every": 50},
+    "tiny-stage2": {"stage": 2, "lr": 1.5e-3, "batch_size": 32, "template": "v1", "log_every": 5, "save_every": 50},
 }
 
 

@@ -86,9 +86,7 @@ def train_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
 def pretrain_decoder(config: ModelConfig, tokenizer: Tokenizer, steps: int) -> Llava:
     """Instruction tuning on text alone: questions and answers about scenes described in words."""
     model = Llava(config, seed=1)
-    with torch.no_grad():  # a narrow model learns sooner from larger weights than N(0, 0.02)
-        for weight in (p for p in model.decoder.parameters() if p.dim() == 2):
-            weight.mul_(4)
+    enlarge(model.decoder)
     processor = Processor.from_config(config, tokenizer)
     source = documents(SEED)
     parts = [p for name, p in model.named_parameters() if name.startswith(("decoder.", "lm_head."))]
@@ -98,6 +96,14 @@ def pretrain_decoder(config: ModelConfig, tokenizer: Tokenizer, steps: int) -> L
 
     fit("decoder", parts, loss, steps, lr=2e-3)
     return model
+
+
+@torch.no_grad()
+def enlarge(module: nn.Module) -> None:
+    """A narrow model learns sooner from larger weights than N(0, 0.02)."""
+    for weight in module.parameters():
+        if weight.dim() > 1:
+            weight.mul_(4)
 
 
 def as_text(description: str, turns: list[tuple[str, str]]) -> dict:
@@ -127,13 +133,14 @@ class CaptionEncoder(nn.Module):
         return self.out((x * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True))
 
 
-def pretrain_vision(config: ModelConfig, tokenizer: Tokenizer, steps: int, pool: int, batch_size: int = 256) -> Llava:
+def pretrain_vision(config: ModelConfig, tokenizer: Tokenizer, steps: int, pool: int, batch_size: int = 192) -> Llava:
     """CLIP's symmetric contrastive loss between the class token of the last layer and the caption.
 
     A batch holds groups of scenes that differ in their forms alone, as hard negatives.
     """
     model = Llava(config, seed=2)
     tower, dim = model.vision_tower, config.vision.hidden_size
+    enlarge(tower)
     tower.layers_run = config.vision.num_hidden_layers  # the class token is read after the last layer
     tower.keep_class_token = True
     process = ImageProcessor(config.vision.image_size, "square")
@@ -195,7 +202,7 @@ def main() -> None:
         prog="python -m llava_fast.train.tiny", description="Make the pretrained parts of the tiny preset."
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--vision-steps", type=int, default=1000)
+    parser.add_argument("--vision-steps", type=int, default=1200)
     parser.add_argument("--decoder-steps", type=int, default=1200)
     parser.add_argument("--pool", type=int, default=30_000, help="scenes that the vision tower learns from")
     parser.add_argument("--part", choices=("all", "vision", "decoder"), default="all")
