@@ -36,22 +36,20 @@ def run(
     model = join(PARTS / "vision", PARTS / "decoder", device=device, dtype=dtype, seed=seed)
     model.config = model.config.replace(template="v1")
 
-    def processor(template: str) -> Processor:
-        return Processor.from_config(model.config.replace(template=template), tokenizer)
-
+    processor = Processor.from_config(model.config, tokenizer)
     align = recipe("tiny-stage1", seed=seed, workers=workers)
-    first = Trainer(model, processor("plain"), align, Scenes(CAPTIONS, TRAIN_SEED, ("caption",)), out / "stage1").run()
-    aligned = measure_accuracy(model, processor("v1"), held_out(QUIZZES, EVAL_SEED))
+    first = Trainer(model, processor, align, Scenes(CAPTIONS, TRAIN_SEED, ("caption",)), out / "stage1").run()
+    aligned = measure_accuracy(model, processor, held_out(QUIZZES, EVAL_SEED))
     instruct = recipe("tiny-stage2", seed=seed, workers=workers)
     second = Trainer(
         model,
-        processor("v1"),
+        processor,
         instruct,
         Scenes(INSTRUCTIONS, TRAIN_SEED),
         out / "stage2",
         eval_samples=Scenes(192, EVAL_SEED),
     ).run()
-    result = measure_accuracy(model, processor("v1"), held_out(QUIZZES, EVAL_SEED))
+    result = measure_accuracy(model, processor, held_out(QUIZZES, EVAL_SEED))
     draw_answers(result, out / "answers.png")
     summary = {
         "accuracy": result["accuracy"],

@@ -97,7 +97,7 @@ def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:
     smooth: list[float] = []
     mean = losses[0]
     for loss in losses:
-        mean += (loss - mean) * max(0.05, 1 / (len(smooth) + 1))
+        mean += (loss - mean) * max(0.1, 1 / (len(smooth) + 1))
         smooth.append(mean)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     axes.plot(steps, losses, color="#b8c4d6", linewidth=1, label="loss of a step")

@@ -68,6 +68,8 @@ class Recipe:
 _ALIGN = {"stage": 1, "lr": 2e-3, "batch_size": 128}
 _INSTRUCT = {"stage": 2, "lr": 2e-5, "batch_size": 32, "epochs": 3}
 
+_TINY = {"image_position": "first", "log_every": 25}
+
 RECIPES: dict[str, dict[str, Any]] = {
     # "Visual Instruction Tuning", section 5 and appendix C: AdamW without weight decay, cosine, 3% warm-up.
     "paper-stage1": {**_ALIGN, "template": "v0"},
@@ -77,8 +79,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "llava-1.5-stage1": {"stage": 1, "lr": 1e-3, "batch_size": 256, "template": "plain", "image_position": "first"},
     "llava-1.5-stage2": {"stage": 2, "lr": 2e-5, "batch_size": 128, "template": "v1", "image_position": "first"},
     # The built-in demonstration.
-    "tiny-stage1": {"stage": 1, "lr": 5e-3, "batch_size": 64, "template": "plain", "log_every": 5, "save_every": 50},
-    "tiny-stage2": {"stage": 2, "lr": 1.5e-3, "batch_size": 32, "template": "v1", "log_every": 5, "save_every": 50},
+    "tiny-stage1": {"stage": 1, "lr": 5e-3, "batch_size": 64, "template": "v1", "save_every": 50, **_TINY},
+    "tiny-stage2": {"stage": 2, "lr": 2e-3, "batch_size": 8, "template": "v1", "eval_every": 500, **_TINY},
 }
 
 
