@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -47,20 +47,13 @@ def describe(scene: Scene, rng: Random) -> str:
     return " ".join(f"A {s.size} {s.name} at the {s.place}." for s in shapes)
 
 
-def tell(scene: Scene, rng: Random) -> str:
-    """Everything about a scene in words, each shape in one of two ways of saying it."""
-    shapes = rng.sample(scene.shapes, len(scene.shapes))
-    ways = ("A {0.size} {0.name} is at the {0.place}.", "The {0.form} is {0.color}, {0.size} and at the {0.place}.")
-    return " ".join(rng.choice(ways).format(shape) for shape in shapes)
-
-
-def documents(seed: int, tell: Callable[[Scene, Random], str]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def documents(seed: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """(description, turns) without end: a scene told in words, and every kind of instruction data about it."""
     index = 0
     while True:
         scene, rng = scene_at(seed, index)
         turns = [turn for kind in KINDS for turn in turns_for(scene, kind, rng)]
-        yield tell(scene, rng), rng.sample(turns, len(turns))
+        yield describe(scene, rng), rng.sample(turns, len(turns))
         index += 1
 
 
@@ -78,7 +71,7 @@ def train_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    source = documents(SEED, describe)
+    source = documents(SEED)
     texts = []
     for _ in range(2000):
         description, turns = next(source)
@@ -95,11 +88,11 @@ def pretrain_decoder(config: ModelConfig, tokenizer: Tokenizer, steps: int) -> L
     model = Llava(config, seed=1)
     enlarge(model.decoder)
     processor = Processor.from_config(config, tokenizer)
-    source = documents(SEED, tell)
+    source = documents(SEED)
     parts = [p for name, p in model.named_parameters() if name.startswith(("decoder.", "lm_head."))]
 
     def loss() -> Tensor:
-        return model.loss(processor.pack([as_text(*next(source)) for _ in range(8)]))
+        return model.loss(processor.pack([as_text(*next(source)) for _ in range(12)]))
 
     fit("decoder", parts, loss, steps, lr=2e-3)
     return model
@@ -211,7 +204,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vision-steps", type=int, default=500)
-    parser.add_argument("--decoder-steps", type=int, default=1500)
+    parser.add_argument("--decoder-steps", type=int, default=2500)
     parser.add_argument("--pool", type=int, default=30_000, help="scenes that the vision tower learns from")
     parser.add_argument("--part", choices=("all", "vision", "decoder"), default="all")
     args = parser.parse_args()
