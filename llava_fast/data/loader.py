@@ -224,5 +224,7 @@ def fingerprint(lengths: np.ndarray) -> str:
 
 
 def _leave_interrupts_to_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals to the whole group are the main process's to obey; a worker ends when that one does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
