@@ -158,7 +158,7 @@ PRESETS: dict[str, ModelConfig] = {
             num_hidden_layers=4,
             num_attention_heads=4,
             image_size=48,
-            patch_size=8,
+            patch_size=16,
         ),
         text=TextConfig(
             vocab_size=640,
@@ -166,7 +166,7 @@ PRESETS: dict[str, ModelConfig] = {
             intermediate_size=352,
             num_hidden_layers=4,
             num_attention_heads=4,
-            num_key_value_heads=2,
+            num_key_value_heads=4,
             head_dim=32,
             rms_norm_eps=1e-5,
             max_position_embeddings=1024,

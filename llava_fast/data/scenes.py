@@ -201,15 +201,17 @@ def _count_answer(scene: Scene) -> str:
 
 
 def ask_whether(scene: Scene, rng: Random) -> Turn:
-    """Half the time about a shape that is there; otherwise its form or its colour is changed to one that is not."""
-    shape = rng.choice(scene.shapes)
+    """Half the time about a form or a colour that is there, half the time about one that is not."""
+    there = rng.random() < 0.5
     if rng.random() < 0.5:
-        return f"Is there {_a(shape.name)}?", f"Yes, there is {_a(shape.name)}."
-    if rng.random() < 0.5:
-        color, form = shape.color, rng.choice([f for f in FORMS if f != shape.form])
+        what = _a(_one_of(FORMS, [s.form for s in scene.shapes], there, rng))
     else:
-        color, form = rng.choice([c for c in COLORS if c != shape.color]), shape.form
-    return f"Is there {_a(f'{color} {form}')}?", f"No, there is no {color} {form}."
+        what = _a(_one_of(tuple(COLORS), [s.color for s in scene.shapes], there, rng) + " shape")
+    return f"Is there {what}?", f"Yes, there is {what}." if there else f"No, there is no {what.split(' ', 1)[1]}."
+
+
+def _one_of(every: Sequence[str], present: Sequence[str], there: bool, rng: Random) -> str:
+    return rng.choice(present) if there else rng.choice([name for name in every if name not in present])
 
 
 QUESTIONS: dict[str, Callable[[Scene, Random], Turn]] = {

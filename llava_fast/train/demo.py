@@ -18,8 +18,8 @@ from llava_fast.train.recipe import recipe
 from llava_fast.train.trainer import Trainer
 
 PARTS = Path(__file__).parent / "tiny"  # what CLIP and Vicuna are to LLaVA; made by llava_fast.train.tiny
-TRAIN_SEED, EVAL_SEED = 1, 2
-CAPTIONS, INSTRUCTIONS, QUIZZES = 4096, 12_288, 600
+TRAIN_SEED, EVAL_SEED = 1, 4051
+CAPTIONS, INSTRUCTIONS, QUIZZES = 3072, 10_240, 600
 
 
 def run(

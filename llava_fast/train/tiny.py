@@ -27,14 +27,16 @@ from tqdm import tqdm
 
 from llava_fast.checkpoint import save_clip, save_llama
 from llava_fast.config import ModelConfig
-from llava_fast.data.scenes import FORMS, KINDS, Scene, as_sample, scene_at, turns_for
+from llava_fast.data.scenes import FORMS, QUESTIONS, Scene, as_sample, scene_at, turns_for
 from llava_fast.model import Llava
+from llava_fast.model.decoder import DecoderLayer
 from llava_fast.processor import ImageProcessor, Processor, Tokenizer
 from llava_fast.processor.conversation import TEMPLATES
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 UNK, BOS, EOS, PAD, IMAGE = range(5)
 TWINS = 4  # scenes of a contrastive batch that differ in their forms alone
+PLACES_BACK = (1, 2, 3)  # head by head: how far before its own word the decoder's first layer starts to look
 SEED = 1_000_003  # of the pretraining scenes: neither the training set's nor the held-out set's
 
 
@@ -42,18 +44,26 @@ SEED = 1_000_003  # of the pretraining scenes: neither the training set's nor th
 
 
 def describe(scene: Scene, rng: Random) -> str:
-    """Everything about a scene in words, the shapes in any order."""
+    """Everything about a scene in words, the shapes in any order.
+
+    The colour stands on both sides of the form. A small decoder soon learns to look up what follows a word, and late or
+    never what precedes it; so told, every look-up that a question needs goes forward.
+    """
     shapes = rng.sample(scene.shapes, len(scene.shapes))
-    return " ".join(f"A {s.size} {s.name} at the {s.place}." for s in shapes)
+    return " ".join(f"{s.color} {s.form} {s.color} {s.size} {s.place}." for s in shapes)
 
 
 def documents(seed: int) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(description, turns) without end: a scene told in words, and every kind of instruction data about it."""
+    """(description, turns) without end: a scene told in words, ten questions about it, and one longer request.
+
+    The questions come first: what a longer answer has already said need not be looked up in the description.
+    """
     index = 0
     while True:
         scene, rng = scene_at(seed, index)
-        turns = [turn for kind in KINDS for turn in turns_for(scene, kind, rng)]
-        yield describe(scene, rng), rng.sample(turns, len(turns))
+        asked = rng.choices(tuple(QUESTIONS), [1 if kind == "count" else 3 for kind in QUESTIONS], k=10)
+        turns = [QUESTIONS[kind](scene, rng) for kind in asked]
+        yield describe(scene, rng), turns + turns_for(scene, rng.choice(("caption", "detail", "reasoning")), rng)
         index += 1
 
 
@@ -87,6 +97,7 @@ def pretrain_decoder(config: ModelConfig, tokenizer: Tokenizer, steps: int) -> L
     """Instruction tuning on text alone: questions and answers about scenes described in words."""
     model = Llava(config, seed=1)
     enlarge(model.decoder)
+    look_up(model)
     processor = Processor.from_config(config, tokenizer)
     source = documents(SEED)
     parts = [p for name, p in model.named_parameters() if name.startswith(("decoder.", "lm_head."))]
@@ -104,6 +115,44 @@ def enlarge(module: nn.Module) -> None:
     for weight in module.parameters():
         if weight.dim() > 1:
             weight.mul_(4)
+
+
+@torch.no_grad()
+def look_up(model: Llava) -> None:
+    """Start the decoder as a reader that finds a word again and copies what stands there.
+
+    From plain random weights it learns to answer from a description only after many thousands of steps. In the manner
+    of mimetic initialisation (Trockman and Kolter, 2023), queries equal keys, so that equal words attend to each other,
+    values times output is near the identity, so that what is attended to is copied, and the head names a word by its
+    own embedding. Some heads of the first layer attend to the words a few places before, as a constant part of every
+    embedding lets them.
+    """
+    text, decoder = model.config.text, model.decoder
+    heads, dim, size = text.num_attention_heads, text.hidden_size, text.head_dim
+    assert text.num_key_value_heads == heads and heads * size == dim and model.lm_head is not None
+    generator = torch.Generator().manual_seed(9)
+    model.lm_head.weight.copy_(decoder.embed_tokens)
+    constant = F.normalize(torch.randn(dim, generator=generator), dim=0)
+    decoder.embed_tokens.add_(decoder.embed_tokens.std() * dim**0.5 * constant)
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        q, k, v = layer.qkv.weight.split(dim)
+        q.copy_(k)
+        v.copy_(torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0])
+        layer.out.weight.copy_(v.T)
+    # In the three fastest rotary pairs keys are all equal, and queries the same, turned back by some positions. The
+    # constant is half of an embedding's square, so its part after the norm is sqrt(dim / 2); scores peak at 3 * 5.
+    first = decoder.layers[0]
+    assert isinstance(first, DecoderLayer)
+    q, k, _ = first.qkv.weight.split(dim)
+    pairs, scale = 3, (5 * size**0.5) ** 0.5 / (dim / 2) ** 0.5
+    for head, back in enumerate(PLACES_BACK):
+        angle = back * decoder.inv_freq[:pairs]
+        query, key = torch.zeros(size), torch.zeros(size)
+        key[:pairs] = 1
+        query[:pairs], query[size // 2 : size // 2 + pairs] = angle.cos(), -angle.sin()
+        rows = slice(head * size, (head + 1) * size)
+        q[rows], k[rows] = scale * torch.outer(query, constant), scale * torch.outer(key, constant)
 
 
 def as_text(description: str, turns: list[tuple[str, str]]) -> dict:
@@ -203,8 +252,8 @@ def main() -> None:
         prog="python -m llava_fast.train.tiny", description="Make the pretrained parts of the tiny preset."
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--vision-steps", type=int, default=500)
-    parser.add_argument("--decoder-steps", type=int, default=2500)
+    parser.add_argument("--vision-steps", type=int, default=1500)
+    parser.add_argument("--decoder-steps", type=int, default=3000)
     parser.add_argument("--pool", type=int, default=30_000, help="scenes that the vision tower learns from")
     parser.add_argument("--part", choices=("all", "vision", "decoder"), default="all")
     args = parser.parse_args()

@@ -52,11 +52,11 @@ def test_frozen_decoder_gets_no_gradient():
 
 
 def tiny_batch() -> lf.PackedBatch:
-    ids = torch.tensor([1] + [4] * 36 + [7, 8, 9, 1, 10, 11, 12])
+    ids = torch.tensor([1] + [4] * 9 + [7, 8, 9, 1, 10, 11, 12])
     labels = torch.where(ids.roll(-1) == 4, -100, ids.roll(-1))
-    positions = torch.cat([torch.arange(40), torch.arange(4)]).int()
+    positions = torch.cat([torch.arange(13), torch.arange(4)]).int()
     pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    return lf.PackedBatch(ids, labels, positions, torch.tensor([0, 40, 44]).int(), pixels, 4)
+    return lf.PackedBatch(ids, labels, positions, torch.tensor([0, 13, 17]).int(), pixels, 4)
 
 
 def test_activation_checkpointing_changes_nothing():
@@ -82,14 +82,14 @@ def test_packing_does_not_leak_between_sequences():
         torch.zeros(0, 3, 48, 48),
         4,
     )
-    torch.testing.assert_close(model.logits(tiny_batch())[40:], model.logits(alone), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.logits(tiny_batch())[13:], model.logits(alone), atol=1e-6, rtol=1e-5)
 
 
 def test_batch_of_another_models_processor_is_refused():
     model = lf.Llava(lf.ModelConfig.preset("tiny"))
     batch = tiny_batch()
     batch.pixel_values = torch.zeros(2, 3, 48, 48)
-    with pytest.raises(ValueError, match="36 image rows but its 2 images give 72"):
+    with pytest.raises(ValueError, match="9 image rows but its 2 images give 18"):
         model.logits(batch)
 
 
