@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llava_fast.config import TextConfig
-from llava_kernels import rms_norm, rope, swiglu
+from llava_kernels import add_rms_norm, rms_norm, rope, swiglu
 
 # How a layer attends: (layer, q (T, heads, head_dim), k and v (T, kv_heads, head_dim)) -> (T, heads, head_dim).
 # The decoder does not know whether keys lie in the batch or in a cache; who calls it does.
@@ -26,6 +26,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def after_adding(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm of x + update, x + update); without an update, of x itself."""
+        if update is None:
+            return self(x), x
+        return add_rms_norm(update, x, self.weight, self.eps)
 
 
 class DecoderLayer(nn.Module):
@@ -48,9 +54,16 @@ class DecoderLayer(nn.Module):
         self.gate_up = nn.Linear(dim, 2 * inner, **kw)
         self.down = nn.Linear(inner, dim, **kw)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:  # (T, D)
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
-        return x + self.down(swiglu(self.gate_up(self.mlp_norm(x))))
+    def forward(
+        self, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """x, update: (T, D), the residual stream and what the layer before adds to it. The same two are returned.
+
+        An addition is left to the norm that follows it: one pass over the stream instead of two.
+        """
+        h, x = self.attention_norm.after_adding(x, update)
+        h, x = self.mlp_norm.after_adding(x, self.attention(h, cos, sin, attend))
+        return x, self.down(swiglu(self.gate_up(h)))
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, heads + 2 kv_heads, head_dim)
@@ -87,12 +100,13 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """x: (T, D) embeddings -> (T, D) hidden states before the final norm."""
         cos, sin = self.angles(position_ids)
+        update = None
         for layer in self.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x, update = checkpoint(layer, x, update, cos, sin, attend, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attend)
-        return x
+                x, update = layer(x, update, cos, sin, attend)
+        return x if update is None else x + update
 
 
 def rope_frequencies(config: TextConfig) -> tuple[Tensor, float]:

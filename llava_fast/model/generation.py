@@ -35,7 +35,9 @@ class KVCache:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer, sequence, position] = k
             self.values[layer, sequence, position] = v
-            return varlen_attention(q, k, v, batch.seqlens, causal=True, implementation=implementation)
+            return varlen_attention(
+                q, k, v, batch.seqlens, causal=True, implementation=implementation, cu_seqlens=batch.cu_seqlens
+            )
 
         return attend
 

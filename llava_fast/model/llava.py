@@ -26,10 +26,10 @@ class Llava(nn.Module):
         dtype: what they are made in; default float32.
         seed: of the random weights; None leaves the memory as it is, for a loader to fill. Weights are made once, in
             place: no second copy exists at any time.
-        attention: "auto", "sdpa" or "reference".
+        attention: "auto" or a name in ``llava_kernels.attention.IMPLEMENTATIONS``, such as "flash-attn" or "sdpa".
 
     Raises:
-        ConfigError: unknown ``attention``.
+        ConfigError: ``attention`` is unknown or not installed.
     """
 
     def __init__(
@@ -44,6 +44,9 @@ class Llava(nn.Module):
         super().__init__()
         if attention != "auto" and attention not in IMPLEMENTATIONS:
             raise ConfigError(f"attention={attention!r} is not known; choose auto, {', '.join(IMPLEMENTATIONS)}")
+        if attention != "auto" and (why := IMPLEMENTATIONS[attention].missing()):
+            install = IMPLEMENTATIONS[attention].install
+            raise ConfigError(f"attention={attention!r} is not installed ({why}); install it with: {install}")
         self.config = config
         self.attention = attention
         meta = torch.device("meta")
@@ -112,7 +115,9 @@ class Llava(nn.Module):
 
     def _attend_within(self, batch: PackedBatch) -> Attend:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return varlen_attention(q, k, v, batch.seqlens, causal=True, implementation=self.attention)
+            return varlen_attention(
+                q, k, v, batch.seqlens, causal=True, implementation=self.attention, cu_seqlens=batch.cu_seqlens
+            )
 
         return attend
 

@@ -1,0 +1,147 @@
+/* The inference operations of llava_kernels for programs in C: plain pointers, sizes, strides and a stream.
+ *
+ * A handle belongs to one CUDA device, or to the CPU. On a device the operations launch Triton kernels that were
+ * compiled when the library was built, asynchronously, on the stream that is given; every pointer is a device pointer,
+ * and the calls may be captured in a CUDA graph. On the CPU they run before the call returns. Row-major everywhere;
+ * strides count elements, and 0 stands for contiguous. A field that is left out of a designated initialiser is 0.
+ *
+ * A handle may be used by one thread at a time. The CUDA driver is looked for when a device's handle is created.
+ */
+#ifndef LLAVA_KERNELS_H
+#define LLAVA_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LK_API __attribute__((visibility("default")))
+
+typedef enum lk_status {
+    LK_OK = 0,
+    LK_INVALID_ARGUMENT = 1, /* a size, stride or pointer that cannot be */
+    LK_UNSUPPORTED = 2,      /* nothing was compiled for these sizes or this type, or the CPU has no version of the op */
+    LK_NO_KERNELS = 3,       /* the library was built without GPU kernels */
+    LK_NO_DRIVER = 4,        /* libcuda.so.1 is missing, or too old */
+    LK_NO_DEVICE = 5,        /* no such device, or a card that no kernels were compiled for */
+    LK_OUT_OF_MEMORY = 6,
+    LK_CUDA = 7 /* the driver reported an error: lk_last_error has its words */
+} lk_status;
+
+/* GPUs take LK_BFLOAT16, the CPU LK_FLOAT32; LK_FLOAT8_E4M3 is for key-value caches. */
+typedef enum lk_dtype { LK_FLOAT32 = 0, LK_FLOAT16 = 1, LK_BFLOAT16 = 2, LK_FLOAT8_E4M3 = 3 } lk_dtype;
+
+typedef struct lk_handle lk_handle;
+typedef void *lk_stream; /* a CUstream or cudaStream_t; NULL is the default stream */
+
+#define LK_CPU (-1)
+
+/* A handle for a CUDA device (0, 1, ...) or for LK_CPU. On failure *handle is NULL. */
+LK_API lk_status lk_create(lk_handle **handle, int device);
+LK_API void lk_destroy(lk_handle *handle); /* NULL is fine */
+
+/* What a code means. */
+LK_API const char *lk_error_string(lk_status status);
+/* What went wrong last with this handle; with NULL, in this thread's last lk_create. "" when nothing did. */
+LK_API const char *lk_last_error(const lk_handle *handle);
+
+/* The decoder's input: image features projected (W Z + b, Visual Instruction Tuning, equation 1) and put, with the text
+ * embeddings, at their places in the packed sequence of patches + texts tokens. Every row of out is written once.
+ * Together image_rows and text_rows must hold every number below patches + texts once; the CPU checks it, a GPU cannot.
+ */
+typedef struct lk_project_splice_args {
+    lk_dtype dtype; /* of features, weight, bias, embedding and out; the CPU takes LK_FLOAT32 */
+    int64_t images, image_patches; /* patches = images * image_patches */
+    int64_t texts;
+    int64_t channels, width, vocabulary;
+    const void *features;       /* (images, image_patches, channels) */
+    int64_t image_stride;       /* of features, from image to image: a class token is skipped by it, not by a copy */
+    int64_t patch_stride;       /* of features, from patch to patch */
+    const void *weight;         /* (width, channels) */
+    const void *bias;           /* (width,), or NULL */
+    const void *embedding;      /* (vocabulary, width) */
+    const int64_t *input_ids;   /* (patches + texts,) token ids; what stands at image rows is not looked at */
+    const int32_t *image_rows;  /* (patches,) where the projected patches go */
+    const int32_t *text_rows;   /* (texts,) all other positions */
+    void *out;                  /* (patches + texts, width) */
+} lk_project_splice_args;
+LK_API lk_status lk_project_splice(lk_handle *handle, const lk_project_splice_args *args, lk_stream stream);
+
+/* x / sqrt(mean(x^2) + eps) * weight over rows of `width`, the statistics in float32; with a residual, of x + residual,
+ * and that sum is written too. */
+typedef struct lk_rms_norm_args {
+    lk_dtype dtype;
+    int64_t rows, width;
+    float eps;
+    const void *x;         /* (rows, width) */
+    int64_t x_stride;      /* from row to row */
+    const void *residual;  /* (rows, width), or NULL */
+    int64_t residual_stride;
+    const void *weight;    /* (width,) */
+    void *out;             /* (rows, width) */
+    void *sum;             /* (rows, width) x + residual; NULL without a residual */
+} lk_rms_norm_args;
+LK_API lk_status lk_rms_norm(lk_handle *handle, const lk_rms_norm_args *args, lk_stream stream);
+
+/* Rotary embedding, element i turned with element i + head_dim/2. out may be x. */
+typedef struct lk_rope_args {
+    lk_dtype dtype;            /* of x and out */
+    int64_t tokens, heads, head_dim;
+    const void *x;             /* (tokens, heads, head_dim) */
+    int64_t x_token_stride, x_head_stride;
+    const float *cos, *sin;    /* (tokens, head_dim/2) of each token's position */
+    void *out;                 /* (tokens, heads, head_dim) */
+    int64_t out_token_stride, out_head_stride;
+} lk_rope_args;
+LK_API lk_status lk_rope(lk_handle *handle, const lk_rope_args *args, lk_stream stream);
+
+/* silu(gate) * up. */
+typedef struct lk_swiglu_args {
+    lk_dtype dtype;
+    int64_t rows, inner;
+    const void *gate_up;     /* (rows, 2 * inner), gate first */
+    int64_t gate_up_stride;  /* from row to row */
+    void *out;               /* (rows, inner) */
+} lk_swiglu_args;
+LK_API lk_status lk_swiglu(lk_handle *handle, const lk_swiglu_args *args, lk_stream stream);
+
+/* Each token's keys and values into its slot of a cache that is cut into blocks. */
+typedef struct lk_store_kv_args {
+    lk_dtype dtype, cache_dtype;
+    int64_t tokens, kv_heads, head_dim, block_size;
+    const void *k, *v;                /* (tokens, kv_heads, head_dim) */
+    int64_t token_stride, head_stride; /* of k and of v */
+    void *k_cache, *v_cache;          /* (blocks, block_size, kv_heads, head_dim) */
+    int64_t cache_block_stride, cache_token_stride, cache_head_stride; /* of both */
+    const int64_t *slots;             /* (tokens,) block * block_size + offset, each at most once; -1: not stored */
+    float k_scale, v_scale;           /* of an LK_FLOAT8_E4M3 cache: values are divided by them; 0 stands for 1 */
+} lk_store_kv_args;
+LK_API lk_status lk_store_kv(lk_handle *handle, const lk_store_kv_args *args, lk_stream stream);
+
+/* Attention of each sequence's last tokens over all of its tokens in the cache, themselves included, causal. One query
+ * a sequence is decoding, several are a chunk of a prompt; both may stand in one call. */
+typedef struct lk_paged_attention_args {
+    lk_dtype dtype, cache_dtype;
+    int64_t tokens, sequences, heads, kv_heads, head_dim, block_size;
+    int64_t max_query;                /* no sequence has more queries */
+    const void *q;                    /* (tokens, heads, head_dim) */
+    int64_t q_token_stride, q_head_stride;
+    const void *k_cache, *v_cache;    /* (blocks, block_size, kv_heads, head_dim) */
+    int64_t cache_block_stride, cache_token_stride, cache_head_stride; /* of both */
+    const int32_t *block_table;       /* (sequences, table_stride) the numbers of each sequence's blocks, in order */
+    int64_t table_stride;
+    const int32_t *context_lens;      /* (sequences,) tokens in the cache, the queries included */
+    const int32_t *query_start;       /* (sequences + 1,) where each sequence's queries start in q, then tokens */
+    float k_scale, v_scale;           /* of an LK_FLOAT8_E4M3 cache: its values are multiplied by them; 0 stands for 1 */
+    int64_t splits;                   /* parts that a sequence's keys are worked on in at a time; 0 stands for 1 */
+    void *workspace;                  /* tokens * heads * splits * (head_dim + 1) floats; NULL with one split */
+    void *out;                        /* (tokens, heads, head_dim) */
+} lk_paged_attention_args;
+LK_API lk_status lk_paged_attention(lk_handle *handle, const lk_paged_attention_args *args, lk_stream stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,53 @@
+"""Which implementation of an op runs: its Triton kernel on a CUDA tensor, its reference in plain PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "reference", "triton")
+_forced: ContextVar[str | None] = ContextVar("llava_kernels_implementation", default=None)
+
+
+@torch.compiler.assume_constant_result
+def chosen() -> str:
+    """ "auto", "reference" or "triton": the innermost :func:`implementation`, else the variable LLAVA_KERNELS.
+
+    torch.compile takes the choice of the moment in which it compiles.
+
+    Raises:
+        ValueError: LLAVA_KERNELS holds another word.
+    """
+    choice = _forced.get() or os.environ.get("LLAVA_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"LLAVA_KERNELS={choice!r} is not known; set it to one of {', '.join(CHOICES)}")
+    return choice
+
+
+@contextmanager
+def implementation(choice: str) -> Iterator[None]:
+    """Within the block, every op runs by ``choice``: "auto", "reference" (for debugging) or "triton".
+
+    "triton" on CPU tensors needs TRITON_INTERPRET=1 in the environment before the import.
+
+    Raises:
+        ValueError: ``choice`` is none of these.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"implementation={choice!r} is not known; choose one of {', '.join(CHOICES)}")
+    token = _forced.set(choice)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether the op that is about to run on ``tensor`` runs its Triton kernel."""
+    choice = chosen()
+    return choice == "triton" or (choice == "auto" and tensor.is_cuda)

@@ -1,0 +1,114 @@
+"""Breaks each kernel in one line and requires a test to notice.
+
+    python tests/kernels/mutate.py              every break that tests/kernels/mutations/*.py list
+    python tests/kernels/mutate.py --only rope  those of one op
+
+A list is ``MUTATIONS = [(file, fragment, broken fragment, test), ...]``: file in the repository, a fragment that occurs
+once in it, and the test that must fail once it is replaced. The breaks are made in a temporary copy. Ends with 1 if a
+test passes all the same, or fails before anything is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from runpy import run_path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TIMEOUT = 600  # seconds a test
+PASSED, FAILED = 0, 1  # pytest's exit codes
+
+
+class Mutation(NamedTuple):
+    file: str
+    fragment: str
+    broken: str
+    test: str
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", metavar="OP", help="the list of one op, such as rope")
+    only = parser.parse_args().only
+    lists = sorted((REPOSITORY / "tests/kernels/mutations").glob(f"{only or '*'}.py"))
+    if not lists:
+        parser.error(f"there is no tests/kernels/mutations/{only or '*'}.py")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        survivors = [line for path in lists for line in bench.lines(path)]
+    print(f"{len(survivors)} not noticed" if survivors else "every break is noticed")
+    return 1 if survivors else 0
+
+
+class Bench:
+    """A copy of the kernels and their tests, in which lines are broken and mended again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for part in ("kernels", "tests/kernels"):
+            shutil.copytree(REPOSITORY / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py"):
+            if (REPOSITORY / file).exists():
+                shutil.copy(REPOSITORY / file, folder / file)
+        where = self.python("-c", "import llava_kernels; print(llava_kernels.__file__)").stdout
+        if not where.startswith(str(folder)):
+            raise RuntimeError(f"the copy is not what is imported, but {where or 'nothing'}")
+        self.passing: set[str] = set()  # tests that pass with nothing broken
+
+    def lines(self, path: Path) -> Iterator[str]:
+        """Tries a list of mutations, prints a line for each, yields those of the tests that do not notice."""
+        for mutation in map(Mutation._make, run_path(str(path))["MUTATIONS"]):
+            started = time.perf_counter()
+            verdict = self.verdict(mutation)
+            line = f"{verdict:<8} {path.stem:<22} {mutation.broken.strip()[:60]:<60} {mutation.test.split('::')[-1]}"
+            print(f"{line}  {time.perf_counter() - started:.0f} s", flush=True)
+            if verdict != "noticed":
+                yield line
+
+    def verdict(self, mutation: Mutation) -> str:
+        file = self.folder / mutation.file
+        whole = file.read_text()
+        if (places := whole.count(mutation.fragment)) != 1:
+            return f"{places} PLACES"  # the fragment must name one
+        if mutation.test not in self.passing and self.run(mutation.test) != PASSED:
+            return "FAILS"  # or is not there, with nothing broken
+        self.passing.add(mutation.test)
+        try:
+            file.write_text(whole.replace(mutation.fragment, mutation.broken))
+            # Another code than FAILED: the break is one of syntax, and the test never ran.
+            return {PASSED: "SURVIVED", FAILED: "noticed"}.get(self.run(mutation.test), "INVALID")
+        finally:
+            file.write_text(whole)
+
+    def run(self, test: str) -> int:
+        return self.python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test).returncode
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        # -S, because an editable install would put the working tree's package before the copy's.
+        path = [
+            f"{self.folder}/kernels",
+            str(self.folder),
+            sysconfig.get_path("purelib"),
+            sysconfig.get_path("platlib"),
+        ]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-S", *arguments]
+        try:
+            return subprocess.run(
+                command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+            )
+        except subprocess.TimeoutExpired:  # a loop that no longer ends has been noticed
+            return subprocess.CompletedProcess(command, FAILED, "", "timed out")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
