@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -89,11 +90,11 @@ def test_demonstration_end_to_end(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(demo, name, value)
     assert main(["--out", str(tmp_path), "--workers", "0"]) == 0
     said = capsys.readouterr().out
-    assert "with the right picture" in said
-    assert "with swapped pictures" in said
     assert (tmp_path / "answers.png").stat().st_size > 10_000
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert 0 <= summary["accuracy_swapped"] <= summary["accuracy"] <= 1
+    for words, name in (("with the right picture", "accuracy"), ("with swapped pictures", "accuracy_swapped")):
+        assert re.search(rf"{words} +{summary[name]:.1%}", said)
+    assert summary["accuracy"] * 30 == pytest.approx(round(summary["accuracy"] * 30))  # a count of the 30 questions
     assert summary["stage2"]["final_loss"] < summary["stage2"]["first_loss"]
 
 
