@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${1:-python3}
 beside=
+failed=0
 trap 'rm -rf "$beside"' EXIT
 unset TRITON_INTERPRET
 installed=$("$python" -c "import triton; print(triton.__version__)")
@@ -18,6 +19,7 @@ for release in 3.6.0 3.7.1; do
         path=$beside:$path
     fi
     PYTHONPATH=$path "$python" -c "import sys, triton; sys.exit(triton.__version__ != '$release')"
-    PYTHONPATH=$path "$python" -m pytest tests/kernels/test_compiled.py
+    PYTHONPATH=$path "$python" -m pytest tests/kernels/test_compiled.py || failed=1
     rm -rf "$beside"
 done
+exit $failed
