@@ -575,8 +575,9 @@ def _one_row(x: Tensor, weight: _Packed, bias: Tensor | None, out: Tensor) -> No
 
 def _few_rows(x: Tensor, weight: _Packed, bias: Tensor | None, out: Tensor) -> None:
     n, words = weight.words.shape
-    blocks = blocks_for("quantized_rows", x.device, len(x))
-    unroll = 2 if weight.form == "int4" and weight.steps % 2 == 0 else 1  # a row of 128 bytes a turn, as in 8 bits
+    blocks = blocks_for("quantized_rows_fp32" if x.dtype == torch.float32 else "quantized_rows", x.device, len(x))
+    unroll = 256 // weight.block if weight.form == "int4" else 1  # 128 bytes of each row a turn, as in 8 bits
+    unroll = 1 if weight.steps % unroll else unroll
     tiles = triton.cdiv(n, blocks["BLOCK_N"])
     span, splits = _split(tiles, weight.steps // unroll, blocks.pop("programs"), blocks.pop("MIN_STEPS"))
     to, added = _target(out, bias, splits)

@@ -159,23 +159,25 @@ def _filtered(weights: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p
 
 def _race_times(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """(B, V) positive numbers distributed as Exp(1), each a function of seed, position and token alone."""
-    low, high, position = seeds & _WORD, (seeds >> 32) & _WORD, positions & _WORD
-    first = _mixed(_mixed(_mixed(low ^ 0x243F6A88) ^ high) ^ position)
-    second = _mixed(_mixed(_mixed(position ^ 0x13198A2E) ^ low) ^ high)
-    tokens = torch.arange(vocab, device=seeds.device)
-    bits = _mixed(_mixed((tokens + first[:, None]) & _WORD) ^ second[:, None])
-    u = bits.float() * 2**-32 + 2**-33  # in (0, 1]; small ones keep all their digits
+    low, high, position = seeds.int(), (seeds >> 32).int(), positions.int()
+    first = _mixed(_mixed(_mixed(low ^ 0x243F6A88) ^ high) ^ position)[:, None]
+    second = _mixed(_mixed(_mixed(position ^ 0x13198A2E) ^ low) ^ high)[:, None]
+    tokens = torch.arange(vocab, device=seeds.device, dtype=torch.int32)
+    bits = _shifted(_mixed(_mixed(tokens + first) ^ second), 1)
+    u = bits.float() * 2**-31 + 2**-32  # in (0, 1]; small ones keep all their digits
     return torch.where(u < 2**-6, u * (1 + u * (0.5 + u * (1 / 3))), -torch.log(1 - u))
 
 
-_WORD = 0xFFFFFFFF
-
-
 def _mixed(x: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3: 32 bits in (as int64), 32 well mixed bits out."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _WORD
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _WORD
-    return x ^ (x >> 16)
+    """The finaliser of MurmurHash3: 32 bits in, 32 well mixed bits out; int32, whose products wrap around."""
+    x = (x ^ _shifted(x, 16)) * (0x85EBCA6B - 2**32)
+    x = (x ^ _shifted(x, 13)) * (0xC2B2AE35 - 2**32)
+    return x ^ _shifted(x, 16)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """To the right, with zeros from the left."""
+    return (x >> by) & (2 ** (32 - by) - 1)
 
 
 _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
@@ -196,7 +198,8 @@ def _race_time(seed, position, tokens):
     low, high, place = seed.to(tl.uint32), (seed >> 32).to(tl.uint32), position.to(tl.uint32)
     first = _mix(_mix(_mix(low ^ 0x243F6A88) ^ high) ^ place)
     second = _mix(_mix(_mix(place ^ 0x13198A2E) ^ low) ^ high)
-    u = _mix(_mix(tokens.to(tl.uint32) + first) ^ second).to(tl.float32) * 2**-32 + 2**-33
+    bits = _mix(_mix(tokens.to(tl.uint32) + first) ^ second) >> 1
+    u = bits.to(tl.int32).to(tl.float32) * 2**-31 + 2**-32
     return tl.where(u < 2**-6, u * (1 + u * (0.5 + u * (1 / 3))), -tl.log(1 - u))
 
 

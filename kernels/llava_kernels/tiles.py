@@ -176,6 +176,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
             *((90, 264, 16, 64, 4, 4), (90, 264, 32, 64, 4, 4), (90, 264, 64, 128, 8, 4)),
         )
     ),
+    "quantized_rows_fp32": tuple(
+        Row(arch, m, _pair(m, 64, warps, 2) | {"programs": programs, "MIN_STEPS": 4})
+        for arch, programs in ((80, 216), (90, 264))
+        for m, warps in ((16, 4), (32, 4), (64, 8))
+    ),
     # size: rows times output features
     "quantized_sum_splits": tuple(Row(arch, ANY, {"BLOCK_SIZE": 1024, "num_warps": 4}) for arch in (80, 90)),
     # size: output features

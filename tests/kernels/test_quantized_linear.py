@@ -37,7 +37,7 @@ def small_tiles(request, monkeypatch):
     """K read by one program after another step, or split between many."""
 
     def blocks_for(op: str, device: torch.device, size: int) -> dict[str, int]:
-        blocks = tiles.blocks_for(op, device, size) | BLOCKS[op]
+        blocks = tiles.blocks_for(op, device, size) | BLOCKS[op.removesuffix("_fp32")]
         return blocks | {"programs": request.param} if "programs" in blocks else blocks
 
     monkeypatch.setattr(q, "blocks_for", blocks_for)

@@ -201,6 +201,11 @@ class TestBoth:
         ids, _ = sample(logits, **settings(device, 3, temperature=0.8, **one))
         assert torch.equal(ids, logits.argmax(-1))
 
+    def test_the_stricter_of_top_k_and_top_p_decides(self, device):
+        logits = torch.linspace(0, 0.1, 10, device=device).expand(8, -1)
+        given = settings(device, 8, top_k=[1] * 4 + [9] * 4, top_p=[0.95] * 4 + [0.05] * 4)
+        assert sample(logits, **given)[0].tolist() == [9] * 8
+
     def test_settings_that_are_off(self, device):
         logits = torch.randn(4, 300, device=device)
         plain, _ = sample(logits, **settings(device, 4))

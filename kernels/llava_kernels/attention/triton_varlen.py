@@ -189,48 +189,6 @@ def _varlen_delta_kernel(
     tl.store(DELTA + head.to(tl.int64) * total + rows, tl.sum(out * d_out, 1), mask=rows < total)
 
 
-@triton.jit
-def _d_kv_blocks(
-    dk,  # (BLOCK_N, BLOCK_D)
-    dv,
-    k,
-    v,
-    Q,
-    D_OUT,
-    LSE,
-    DELTA,
-    stride_qt,
-    stride_ot,
-    scale,
-    start,  # int64, so that the rows' offsets are
-    length,
-    n0,
-    first,
-    last,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Queries first..last of one head against BLOCK_N keys. Rows beyond the sequence are zeros and add nothing."""
-    cols = n0 + tl.arange(0, BLOCK_N)[:, None]
-    for m0 in tl.range(first, last, BLOCK_M):
-        rows = m0 + tl.arange(0, BLOCK_M)
-        q = _load_rows(Q + (start + m0) * stride_qt, stride_qt, length - m0, BLOCK_M, HEAD_DIM, BLOCK_D)
-        lse = tl.load(LSE + rows, mask=rows < length, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # (BLOCK_N, BLOCK_M)
-        if MASKED:
-            p = tl.where(cols <= rows[None, :], p, 0.0)
-        d_out = _load_rows(D_OUT + (start + m0) * stride_ot, stride_ot, length - m0, BLOCK_M, HEAD_DIM, BLOCK_D)
-        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
-        delta = tl.load(DELTA + rows, mask=rows < length, other=0.0)
-        ds = p * (tl.dot(v, tl.trans(d_out), input_precision=PRECISION) - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
-
-
 @triton.jit(do_not_specialize=["total", "blocks"])
 def _varlen_d_kv_kernel(
     Q,
@@ -278,24 +236,31 @@ def _varlen_d_kv_kernel(
     v = _load_rows(V, stride_vt, length - n0, BLOCK_N, HEAD_DIM, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    LSE += start
-    DELTA += start
+    cols = n0 + tl.arange(0, BLOCK_N)[:, None]
+    first = n0 // BLOCK_M * BLOCK_M if CAUSAL else 0
     for i in range(GROUP):
         head = (kv_head * GROUP + i).to(tl.int64)
-        whole = 0  # from here on every query sees all keys of the block
-        if CAUSAL:
-            first = n0 // BLOCK_M * BLOCK_M
-            whole = tl.minimum(tl.cdiv(n0 + BLOCK_N, BLOCK_M) * BLOCK_M, tl.cdiv(length, BLOCK_M) * BLOCK_M)
-            dk, dv = _d_kv_blocks(
-                dk, dv, k, v, Q + head * stride_qh, D_OUT + head * stride_oh, LSE + head * total, DELTA + head * total,
-                stride_qt, stride_ot, scale, start, length, n0, first, whole,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, PRECISION,
-            )  # fmt: skip
-        dk, dv = _d_kv_blocks(
-            dk, dv, k, v, Q + head * stride_qh, D_OUT + head * stride_oh, LSE + head * total, DELTA + head * total,
-            stride_qt, stride_ot, scale, start, length, n0, whole, length,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False, PRECISION,
-        )  # fmt: skip
+        Q_HEAD = Q + head * stride_qh
+        D_OUT_HEAD = D_OUT + head * stride_oh
+        LSE_HEAD = LSE + head * total + start
+        DELTA_HEAD = DELTA + head * total + start
+        # Queries beyond the sequence are zeros and add nothing. One loop with a mask, because a second loop without it
+        # costs registers that are not there.
+        for m0 in tl.range(first, length, BLOCK_M):
+            rows = m0 + tl.arange(0, BLOCK_M)
+            q = _load_rows(Q_HEAD + (start + m0) * stride_qt, stride_qt, length - m0, BLOCK_M, HEAD_DIM, BLOCK_D)
+            lse = tl.load(LSE_HEAD + rows, mask=rows < length, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # (BLOCK_N, BLOCK_M)
+            p = tl.exp2(s - lse[None, :])
+            if CAUSAL:
+                p = tl.where(cols <= rows[None, :], p, 0.0)
+            d_out = _load_rows(
+                D_OUT_HEAD + (start + m0) * stride_ot, stride_ot, length - m0, BLOCK_M, HEAD_DIM, BLOCK_D
+            )
+            dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+            delta = tl.load(DELTA_HEAD + rows, mask=rows < length, other=0.0)
+            ds = p * (tl.dot(v, tl.trans(d_out), input_precision=PRECISION) - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     D_K += ((start + n0) * kv_heads + kv_head) * HEAD_DIM
     D_V += ((start + n0) * kv_heads + kv_head) * HEAD_DIM
     _store_rows(D_K, kv_heads * HEAD_DIM, length - n0, dk * d_scale, BLOCK_N, HEAD_DIM, BLOCK_D)

@@ -8,8 +8,13 @@ LISTS = f"{TEST}::test_filters_against_sorted_lists"
 MUTATIONS = [
     (FILE, "weights >= cut, 1.0 if COUNT", "weights > cut, 1.0 if COUNT", SAME),
     (FILE, "tl.maximum(p * left, _SMALLEST_MASS)", "tl.maximum(p, _SMALLEST_MASS)", SAME),
-    (FILE, "cut = tl.maximum(cut, _cut(", "cut = tl.minimum(cut, _cut(", SAME),
-    (FILE, "_mix(_mix(tokens.to(tl.uint32) + first) ^ second)", "_mix(_mix(tokens.to(tl.uint32) + first))", SAME),
+    (
+        FILE,
+        "cut = tl.maximum(cut, _cut(",
+        "cut = tl.minimum(cut, _cut(",
+        f"{TEST}::TestBoth::test_the_stricter_of_top_k_and_top_p_decides",
+    ),
+    (FILE, "_mix(tokens.to(tl.uint32) + first) ^ second)", "_mix(tokens.to(tl.uint32) + first))", SAME),
     (FILE, "start + tl.argmax(speeds, axis=0)", "tl.argmax(speeds, axis=0)", SAME),
     (FILE, "total = total * tl.exp(top - new) +", "total = total +", SAME),
     (FILE, "count.to(tl.float32)", "(count > 0).to(tl.float32)", SAME),
@@ -38,14 +43,14 @@ MUTATIONS = [
     (FILE, "(weights < cut, 0)", "(weights <= cut, 0)", LISTS),
     (
         FILE,
-        "u = bits.float() * 2**-32 + 2**-33",
+        "u = bits.float() * 2**-31 + 2**-32",
         "u = (bits & 0xFF).float() * 2**-8 + 2**-9",
         f"{TEST}::test_rare_tokens_are_drawn_as_often_as_they_should",
     ),
     (
         FILE,
-        "first = _mixed(_mixed(_mixed(low ^ 0x243F6A88) ^ high) ^ position)",
-        "first = position + low",
+        "first = _mixed(_mixed(_mixed(low ^ 0x243F6A88) ^ high) ^ position)[:, None]",
+        "first = (position + low)[:, None]",
         f"{TEST}::test_neighbouring_draws_are_independent",
     ),
 ]
