@@ -39,3 +39,35 @@ class SampleError(LlavaError, ValueError):
 
 class TrainingError(LlavaError):
     """A training run that must stop, such as one whose loss is no longer finite."""
+
+
+class RequestError(LlavaError):
+    """A request to the engine that failed. It fails alone: the engine and every other request go on."""
+
+
+class InvalidRequestError(RequestError, ValueError):
+    """A request that cannot be run as it is: malformed messages, a setting outside its range, too many images."""
+
+
+class PromptTooLongError(InvalidRequestError):
+    """The prompt, image rows included, leaves no room for an answer in the context or in the cache."""
+
+
+class DeadlineError(RequestError, TimeoutError):
+    """A request that was not finished within its ``timeout``. What was generated until then has been delivered."""
+
+
+class CancelledError(RequestError):
+    """A request that was cancelled."""
+
+
+class StepError(RequestError):
+    """An exception inside the model while this request was being computed; the exception is its ``__cause__``."""
+
+
+class QueueFullError(LlavaError):
+    """The engine's queue holds ``max_queue`` requests; try again later or raise the bound."""
+
+
+class EngineClosedError(LlavaError):
+    """The engine was closed, or stopped by a fault of its device (then ``engine.failed`` says why)."""

@@ -107,7 +107,7 @@ class Llava(nn.Module):
                 f"the batch has places for {batch.image_rows.shape[0]} image rows but its {features.shape[0]} images "
                 f"give {features.shape[0] * features.shape[1]}; pack it with this model's processor"
             )
-        return self.projector(features, self.decoder.embed_tokens, batch)
+        return self.projector(features, self.decoder.embed_tokens, batch.input_ids, batch.image_rows, batch.text_rows)
 
     def hidden(self, batch: PackedBatch, attend: Attend | None = None) -> Tensor:
         """Hidden states (T, D) before the final norm; ``attend`` replaces attention within the batch."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llava_fast.batch import PackedBatch
 from llava_fast.config import ModelConfig
 from llava_kernels import linear_gelu, project_splice
 
@@ -19,12 +18,12 @@ class Projector(nn.Module):
         self.linear_1 = nn.Linear(config.vision.hidden_size, dim, dtype=dtype, device=device)
         self.linear_2 = nn.Linear(dim, dim, dtype=dtype, device=device) if config.projector == "mlp2x_gelu" else None
 
-    def forward(self, features: Tensor, embedding: Tensor, batch: PackedBatch) -> Tensor:
-        """features: (N, n, C) of the batch's images, embedding: (V, D) token table -> decoder input (T, D)."""
+    def forward(
+        self, features: Tensor, embedding: Tensor, input_ids: Tensor, image_rows: Tensor, text_rows: Tensor
+    ) -> Tensor:
+        """features: (..., C) of P image rows, embedding: (V, D) token table -> decoder input (T, D)."""
         last = self.linear_1
         if self.linear_2 is not None:
             features = linear_gelu(features, self.linear_1.weight, self.linear_1.bias)
             last = self.linear_2
-        return project_splice(
-            features, last.weight, last.bias, embedding, batch.input_ids, batch.image_rows, batch.text_rows
-        )
+        return project_splice(features, last.weight, last.bias, embedding, input_ids, image_rows, text_rows)

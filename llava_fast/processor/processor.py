@@ -16,7 +16,7 @@ import torch
 
 from llava_fast.batch import PackedBatch
 from llava_fast.config import IGNORE, IMAGE_SENTINEL, ModelConfig
-from llava_fast.errors import ConfigError, ImageError, LlavaError, SampleError, TokenizerError
+from llava_fast.errors import ConfigError, ImageError, LlavaError, PromptTooLongError, SampleError, TokenizerError
 from llava_fast.processor.conversation import (
     IMAGE_MARK,
     EncodedText,
@@ -163,15 +163,35 @@ class Processor:
             messages: see :func:`~llava_fast.processor.conversation.encode_prompt`.
 
         Raises:
-            LlavaError: malformed messages, or more than ``max_length`` tokens.
+            LlavaError: malformed messages; PromptTooLongError: more than ``max_length`` tokens.
         """
         encoded, images = encode_prompt(messages, self.tokenizer, self.template)
         input_ids, labels, _ = self._expand(encoded, "")
         if len(input_ids) > self.max_length:
-            raise LlavaError(
+            raise PromptTooLongError(
                 f"the prompt has {len(input_ids)} tokens, {len(images) * self.tokens_per_image} of them image rows, "
                 f"where {self.max_length} fit; shorten the text, leave out early turns or send fewer images"
             )
+        return Encoded(input_ids, labels, images, "")
+
+    def prompt_of_ids(self, token_ids: Sequence[int], images: list[Any]) -> Encoded:
+        """A prompt that is tokenized already, with ``image_token_id`` once for each image.
+
+        Raises:
+            LlavaError: the image token does not occur as often as there are images, or an id is no whole number.
+        """
+        ids = np.array(token_ids)
+        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+            raise LlavaError(f"token_ids={token_ids!r:.80} must be a list of whole numbers")
+        ids = ids.astype(np.int64)
+        places = ids == self.image_token_id
+        if int(places.sum()) != len(images):
+            raise LlavaError(
+                f"token_ids holds image_token_id={self.image_token_id} {int(places.sum())} times for {len(images)} "
+                f"images; put it once where each image belongs"
+            )
+        ids = np.where(places, IMAGE_SENTINEL, ids)
+        input_ids, labels, _ = self._expand(EncodedText(ids.tolist(), [IGNORE] * len(ids)), "")
         return Encoded(input_ids, labels, images, "")
 
     def collate(self, encoded: Sequence[Encoded]) -> PackedBatch:

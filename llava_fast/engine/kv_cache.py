@@ -1,0 +1,58 @@
+"""The paged key-value cache: one tensor, sized by a budget in bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_fast.config import TextConfig
+from llava_fast.engine.config import EngineConfig
+from llava_fast.errors import ConfigError
+
+FP8 = torch.float8_e4m3fn
+
+
+class KVCache:
+    """Keys and values of every layer, (layers, 2, blocks, block_size, kv_heads, head_dim).
+
+    Raises:
+        ConfigError: the budget does not hold one block.
+    """
+
+    def __init__(self, text: TextConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype):
+        dtype = FP8 if config.kv_cache_dtype == "fp8" else dtype
+        token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
+        self.block_size = config.block_size
+        self.block_bytes = token * config.block_size
+        longest = min(config.max_length or text.max_position_embeddings, text.max_position_embeddings)
+        most = config.max_sequences * -(-longest // config.block_size)
+        if config.kv_cache_bytes is None:
+            self.num_blocks = min(most, int(_free_bytes(device) * _fraction(config, device)) // self.block_bytes)
+        else:
+            self.num_blocks = config.kv_cache_bytes // self.block_bytes
+        if self.num_blocks < 1:
+            raise ConfigError(
+                f"the key-value cache has no room for one block of {config.block_size} tokens, {self.block_bytes} "
+                f"bytes; raise kv_cache_bytes={config.kv_cache_bytes} or memory_fraction={config.memory_fraction}"
+            )
+        shape = (text.num_hidden_layers, 2, self.num_blocks, config.block_size, text.num_key_value_heads, text.head_dim)
+        # Zeros: what was never written is masked out of the softmax, but 0 * NaN would still be NaN.
+        self.memory = torch.zeros(shape, dtype=torch.uint8 if dtype is FP8 else dtype, device=device).view(dtype)
+        self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self.memory]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+def _fraction(config: EngineConfig, device: torch.device) -> float:
+    return config.memory_fraction or (0.9 if device.type == "cuda" else 0.25)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    with open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["MemAvailable"].split()[0]) << 10
