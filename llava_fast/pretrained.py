@@ -11,6 +11,7 @@ from llava_fast.checkpoint.files import read_json, write_json
 from llava_fast.config import ModelConfig
 from llava_fast.errors import CheckpointError, ConfigError
 from llava_fast.model import Llava
+from llava_fast.model.quantized import check_kind
 from llava_fast.processor import ImageProcessor, Processor, Tokenizer
 
 IMAGE, PAD = "<image>", "<pad>"  # what transformers' conversion calls the tokens that it adds
@@ -35,20 +36,31 @@ def load(
         device: where to make the model; default the CPU.
         dtype: default the checkpoint's own.
         attention: as for :class:`Llava`.
-        quantization: None; nothing else is supported yet.
+        quantization: "int8", "int4" or "fp8" to round the decoder's weights as they are read
+            (:func:`llava_fast.model.quantized.quantize`); the full model never exists, and what comes out is for
+            inference. A directory that a quantized model was saved to needs no mention of it.
         vision_tower: the CLIP directory of an authors' checkpoint, when it is not where its config says.
         base: the LLaMA directory to which an authors' delta checkpoint is added; also its tokenizer where the delta
             has none.
 
     Raises:
         CheckpointError: no such directory or repository, or weights that cannot be read.
-        ConfigError: ``quantization`` is given, or the checkpoint's config cannot work.
+        ConfigError: ``quantization`` is unknown or not what the directory's weights are, or the checkpoint's config
+            cannot work.
         TokenizerError: the tokenizer is missing or does not fit.
     """
     if quantization is not None:
-        raise ConfigError(f"quantization={quantization!r}: quantized weights are not supported yet; leave it None")
+        check_kind(quantization)
     directory = find_checkpoint(path_or_hub_id)
-    model = load_model(directory, device=device, dtype=dtype, attention=attention, vision_tower=vision_tower, base=base)
+    model = load_model(
+        directory,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        quantization=quantization,
+        vision_tower=vision_tower,
+        base=base,
+    )
     tokenizer = Tokenizer.load(_first_with(_TOKENIZER_FILES, directory, base))
     processor = Processor.from_config(model.config, tokenizer)
     if (directory / "preprocessor_config.json").is_file():
@@ -100,6 +112,9 @@ def save(model: Llava, processor: Processor, directory: Path | str, format: str 
     transformers needs an image token inside the vocabulary. Where the model has none, "hf" gives it one, in model and
     tokenizer alike: the tokenizer's own ``<image>``, a spare row of the embedding table, or else a new row.
 
+    A quantized model is written quantized, and :func:`load` gives back the same bits. Which other software reads such a
+    directory depends on the kind; :mod:`llava_fast.checkpoint.packed` says which.
+
     Args:
         model: what to write.
         processor: the one that belongs to it.
@@ -107,7 +122,7 @@ def save(model: Llava, processor: Processor, directory: Path | str, format: str 
         format: "hf" for what transformers, vLLM and SGLang load, "authors" for the LLaVA authors' own layout.
 
     Raises:
-        ConfigError: unknown format.
+        ConfigError: unknown format, or a quantized model and another format than "hf".
     """
     directory = Path(directory)
     image = image_token_of(model.config, processor.tokenizer) if format == "hf" else model.config.image_token_id

@@ -135,8 +135,8 @@ def test_options(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save(*made(CONFIG, tokenizer), tmp_path)
     model, _ = load(tmp_path, dtype=torch.bfloat16, attention="reference")
     assert (model.dtype, model.attention) == (torch.bfloat16, "reference")
-    with pytest.raises(ConfigError, match=r"quantization='int8': .*not supported yet"):
-        load(tmp_path, quantization="int8")
+    with pytest.raises(ConfigError, match=r"quantization='int3' is not known; choose one of int8, int4, fp8"):
+        load(tmp_path, quantization="int3")
     with pytest.raises(ConfigError, match="format='gguf'"):
         save(*made(CONFIG, tokenizer), tmp_path / "x", format="gguf")
 

@@ -7,6 +7,7 @@ were tested in Triton's interpreter and compiled for sm_80 and sm_90; none of th
 
 from llava_kernels.attention import paged_attention, store_kv, varlen_attention
 from llava_kernels.dispatch import implementation
+from llava_kernels.linear import linear
 from llava_kernels.linear_cross_entropy import linear_cross_entropy
 from llava_kernels.linear_gelu import linear_gelu
 from llava_kernels.project_splice import project_splice
@@ -38,6 +39,7 @@ __all__ = [
     "dequantize_int4",
     "dequantize_int8",
     "implementation",
+    "linear",
     "linear_cross_entropy",
     "linear_fp8",
     "linear_gelu",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llava_kernels.build import Build
 from llava_kernels.dispatch import use_triton
+from llava_kernels.linear import linear
 from llava_kernels.tiles import TABLE, blocks_for
 
 
@@ -42,7 +43,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_gelu_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The definition of :func:`linear_gelu`."""
-    return F.gelu(F.linear(x, weight, bias))
+    return F.gelu(linear(x, weight, bias))
 
 
 # ---- forward

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llava_kernels.build import Build
 from llava_kernels.dispatch import use_triton
+from llava_kernels.linear import linear
 from llava_kernels.tiles import TABLE, blocks_for
 
 
@@ -63,7 +64,7 @@ def project_splice_reference(
     text_rows: Tensor,
 ) -> Tensor:
     """The definition of :func:`project_splice`."""
-    image = F.linear(features.reshape(-1, features.shape[-1]), weight, bias)  # (P, D)
+    image = linear(features.reshape(-1, features.shape[-1]), weight, bias)  # (P, D)
     text = F.embedding(input_ids[text_rows], embedding)  # (T-P, D)
     both = torch.cat((image.to(text.dtype), text))
     return both.new_empty(both.shape).index_copy(0, torch.cat((image_rows, text_rows)).long(), both)

@@ -225,6 +225,9 @@ def write(
         shard_bytes: largest size of a file.
         vision_tower: what to write as ``mm_vision_tower``, such as "openai/clip-vit-large-patch14"; default the folder
             ``vision_tower`` inside ``directory``, into which the tower is written as a CLIP directory.
+
+    Raises:
+        ConfigError: the model is quantized.
     """
     directory = Path(directory)
     config = model.config

@@ -71,7 +71,7 @@ def save_clip(model: Llava, directory: Path | str, *, shard_bytes: int = SHARD_B
     """Write the vision tower as a CLIPVisionModel directory, with the preprocessor settings that go with it."""
     directory = Path(directory)
     prefix = "vision_tower."
-    tensors = {n.removeprefix(prefix): t for n, t in canonical_tensors(model).items() if n.startswith(prefix)}
+    tensors = {n.removeprefix(prefix): t for n, t in canonical_tensors(model, only=prefix).items()}
     write_tensors(directory, tensors, shard_bytes=shard_bytes)
     size = model.config.vision.image_size
     head = {"architectures": ["CLIPVisionModel"], "torch_dtype": dtype_code(model.dtype)}

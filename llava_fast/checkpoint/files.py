@@ -8,7 +8,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,15 @@ REMAP_BYTES = 64 << 20
 SHARD_BYTES = 5_000_000_000
 
 # The safetensors names of what we write (https://github.com/huggingface/safetensors, "Format").
-_DTYPE_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
 _BAD_BIN = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, struct.error)
 _WEIGHT_FILE = re.compile(
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
@@ -201,11 +209,29 @@ def _first_line(error: BaseException) -> str:
 def _torch_dtype(code: str) -> torch.dtype:
     names = {code: dtype for dtype, code in _DTYPE_CODES.items()}
     # Other types are listed so that an error can name the tensor; none of them fits a model.
-    return names.get(code) or {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}.get(code, torch.uint8)
+    return names.get(code) or {"F8_E5M2": torch.float8_e5m2}.get(code, torch.uint8)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that is worked out only when it is written, so that no two such need exist at once.
+
+    Attributes:
+        like: its shape and dtype, on the meta device.
+        make: works it out.
+    """
+
+    like: Tensor
+    make: Callable[[], Tensor]
+
+
+def form_of(tensor: Tensor | Made) -> Tensor:
+    """A tensor, maybe without content, of the shape and dtype of ``tensor``."""
+    return tensor.like if isinstance(tensor, Made) else tensor
 
 
 def write_tensors(
-    directory: Path, tensors: dict[str, Tensor], *, stem: str = "model", shard_bytes: int = SHARD_BYTES
+    directory: Path, tensors: Mapping[str, Tensor | Made], *, stem: str = "model", shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write ``{stem}.safetensors``, or shards with an index as transformers names them.
 
@@ -214,7 +240,7 @@ def write_tensors(
 
     Args:
         directory: made when it does not exist.
-        tensors: contiguous, on any device, float; views are written without a copy of the whole.
+        tensors: on any device, float, int32 or int64; views are written without a copy of the whole.
         stem: what the files are called.
         shard_bytes: largest size of a file; a tensor that is larger stands alone.
     """
@@ -229,7 +255,7 @@ def write_tensors(
     }
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "metadata": {"total_size": sum(form_of(t).nbytes for t in tensors.values())},
             "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
         }
         writes[f"{stem}.safetensors.index.json"] = lambda path: _write_text(path, _dumps(index))
@@ -285,36 +311,41 @@ def shorten(names: list[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _shards(tensors: dict[str, Tensor], shard_bytes: int) -> list[list[str]]:
+def _shards(tensors: Mapping[str, Tensor | Made], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+        nbytes = form_of(tensor).nbytes
+        if shards[-1] and size + nbytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += tensor.nbytes
+        size += nbytes
     return shards
 
 
-def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor | Made]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPE_CODES:
-            raise CheckpointError(f"{name} is {tensor.dtype}; only float16, bfloat16, float32 and float64 are written")
+    # The widest first, so that each begins at a multiple of its own width.
+    tensors = dict(sorted(tensors.items(), key=lambda named: -form_of(named[1]).itemsize))
+    for name, like in ((name, form_of(tensor)) for name, tensor in tensors.items()):
+        if like.dtype not in _DTYPE_CODES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPE_CODES)
+            raise CheckpointError(f"{name} is {like.dtype}, which is not written; {known} are")
         header[name] = {
-            "dtype": _DTYPE_CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+            "dtype": _DTYPE_CODES[like.dtype],
+            "shape": list(like.shape),
+            "data_offsets": [offset, offset + like.nbytes],
         }
-        offset += tensor.nbytes
+        offset += like.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begins at a multiple of 8 bytes
     with path.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
-            out.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            whole = tensor.make() if isinstance(tensor, Made) else tensor
+            out.write(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         _flush(out)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.checkpoint.clip import parse_vision, vision_fields
-from llava_fast.checkpoint.files import SHARD_BYTES, TensorFiles, read_json, write_json, write_tensors
+from llava_fast.checkpoint.files import SHARD_BYTES, Made, TensorFiles, read_json, write_json, write_tensors
 from llava_fast.checkpoint.llama import dtype_code, dtype_name, generation_fields, parse_text, text_fields
 from llava_fast.checkpoint.names import (
     EMBEDDING,
@@ -19,14 +19,17 @@ from llava_fast.checkpoint.names import (
     TEXT,
     VISION,
     Source,
-    canonical_tensors,
     check,
     from_files,
     from_memory,
+    named,
+    stored_tensors,
 )
+from llava_fast.checkpoint.packed import grown, quantization_fields, stored
 from llava_fast.config import IGNORE, ModelConfig
 from llava_fast.errors import CheckpointError
 from llava_fast.model import Llava
+from llava_fast.model.quantized import QuantizedLinear, quantization_of
 
 # The tower of a LlavaConfig without vision_config: CLIP-L/14 at 336 pixels.
 _DEFAULT_TOWER = {
@@ -41,6 +44,7 @@ _PROJECTORS = {"gelu": "mlp2x_gelu", "linear": "linear"}  # projector_hidden_act
 _ACTS = {ours: act for act, ours in _PROJECTORS.items()}
 _FEATURES = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> ours
 _STRATEGIES = {ours: strategy for strategy, ours in _FEATURES.items()}
+_HEAD = HEAD.removesuffix("weight")  # a quantized head is several tensors
 _FOUR = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
 # What ModelConfig knows and transformers does not; kept in config.json under this key.
 EXTRAS_KEY = "llava_fast"
@@ -121,7 +125,7 @@ def sources(directory: Path, config: ModelConfig) -> list[Source]:
 
     def rest(name: str) -> str | None:
         target = canonical_hub(name)
-        if target is None or (target == HEAD and config.text.tie_word_embeddings):
+        if target is None or (config.text.tie_word_embeddings and target.startswith(_HEAD)):
             return None
         return None if target.startswith(PROJECTOR) and not plain else target
 
@@ -134,9 +138,10 @@ def _projector_source(directory: Path, files: TensorFiles, config: ModelConfig, 
     names = {name: canonical_hub(name) or "" for name in files.entries}
     tensors = {names[n]: t.clone() for n, t in files.stream(n for n in names if names[n].startswith(PROJECTOR))}
     dim, width = config.text.hidden_size, config.vision.hidden_size
-    needed: dict[str, tuple[int, ...]] = {}
+    needed: dict[str, Tensor] = {}
     for layer, columns in (("linear_1", width), ("linear_2", dim)):
-        needed |= {f"{PROJECTOR}{layer}.weight": (dim, columns), f"{PROJECTOR}{layer}.bias": (dim,)}
+        for kind, shape in (("weight", (dim, columns)), ("bias", (dim,))):
+            needed[f"{PROJECTOR}{layer}.{kind}"] = torch.empty(shape, device="meta")
         if not biased:
             tensors.setdefault(f"{PROJECTOR}{layer}.bias", torch.zeros(dim))
     check(needed, [from_memory(tensors, directory)], directory)
@@ -152,10 +157,10 @@ def canonical_hub(name: str) -> str | None:
     if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
         return None
     bare = name.removeprefix("model.")
-    if bare == "lm_head.weight":
-        return HEAD
+    if bare.startswith("lm_head."):
+        return f"language_model.{bare}"
     for short, full in (("language_model.", TEXT), ("vision_tower.", VISION)):
-        if bare.startswith(short) and not bare.startswith(full) and bare != HEAD:
+        if bare.startswith(short) and not bare.startswith((full, _HEAD)):
             return full + bare.removeprefix(short)
     return bare
 
@@ -171,10 +176,9 @@ def fold_linear(projector: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{PROJECTOR}{_FOUR[0]}": w1, f"{PROJECTOR}{_FOUR[1]}": b1}
 
 
-def unfold_linear(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` with a second projector layer that changes nothing, as transformers' class needs one."""
-    bias = tensors[f"{PROJECTOR}{_FOUR[1]}"]  # (D,)
-    return tensors | {
+def second_linear(bias: Tensor) -> dict[str, Tensor]:
+    """A second projector layer that changes nothing, as transformers' class needs one; bias: (D,), the first one's."""
+    return {
         f"{PROJECTOR}{_FOUR[2]}": torch.eye(len(bias), dtype=bias.dtype),
         f"{PROJECTOR}{_FOUR[3]}": torch.zeros(len(bias), dtype=bias.dtype),
     }
@@ -199,7 +203,8 @@ def write(
     """Write config.json, generation_config.json and weights, which transformers 4.46 and 5 load completely.
 
     ``image_token_id`` replaces the model's own. Rows that the vocabulary must grow by
-    (:func:`vocabulary_for_transformers`) are the mean of the old rows.
+    (:func:`vocabulary_for_transformers`) are the mean of the old rows. A quantized model is written as
+    :mod:`llava_fast.checkpoint.packed` says, one weight at a time.
 
     Returns:
         The config that was written; its ids are what the tokenizer files must agree with.
@@ -207,16 +212,30 @@ def write(
     directory = Path(directory)
     image = model.config.image_token_id if image_token_id is None else image_token_id
     config = vocabulary_for_transformers(model.config.replace(image_token_id=image, dtype=dtype_code(model.dtype)))
-    tensors = canonical_tensors(model)
-    for name in (EMBEDDING, HEAD):
-        if name in tensors and config.text.vocab_size > len(tensors[name]):
-            tensors[name] = _grow(tensors[name], config.text.vocab_size)
+    tensors = {name: one.tensor for name, one in stored_tensors(model).items()}
+    if config.text.vocab_size > model.config.text.vocab_size:
+        tensors |= _grown_vocabulary(model, config.text.vocab_size)
     if config.projector == "linear":
-        tensors = unfold_linear(tensors)
+        tensors |= second_linear(model.projector.linear_1.bias)
+    fields = config_fields(config)
+    if (kind := quantization_of(model)) is not None:
+        head = isinstance(model.lm_head, QuantizedLinear)
+        fields["quantization_config"] = quantization_fields(kind, head=head)
     write_tensors(directory, tensors, shard_bytes=shard_bytes)
-    write_json(directory / "config.json", config_fields(config))
+    write_json(directory / "config.json", fields)
     write_json(directory / "generation_config.json", generation_fields(config.text))
     return config
+
+
+def _grown_vocabulary(model: Llava, rows: int) -> dict[str, Tensor | Made]:
+    """Embeddings and head with ``rows`` tokens, by canonical name."""
+    tensors: dict[str, Tensor | Made] = {EMBEDDING: _grow(model.decoder.embed_tokens.detach(), rows)}
+    if isinstance(model.lm_head, QuantizedLinear):
+        parts = stored(grown(model.lm_head, rows), slice(0, rows))
+        return tensors | {name: one.tensor for name, one in named(HEAD, parts).items()}
+    if model.lm_head is not None:
+        tensors[HEAD] = _grow(model.lm_head.weight.detach(), rows)
+    return tensors
 
 
 def _grow(table: Tensor, rows: int) -> Tensor:

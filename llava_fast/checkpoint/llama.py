@@ -111,9 +111,13 @@ def canonical_llama(name: str, *, tied: bool) -> str | None:
 
 
 def save_llama(model: Llava, directory: Path | str, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the decoder and its head as a LlamaForCausalLM directory; tokenizer files are the processor's to write."""
+    """Write the decoder and its head as a LlamaForCausalLM directory; tokenizer files are the processor's to write.
+
+    Raises:
+        ConfigError: the model is quantized.
+    """
     directory = Path(directory)
-    tensors = {n.removeprefix(_PREFIX): t for n, t in canonical_tensors(model).items() if n.startswith(_PREFIX)}
+    tensors = {n.removeprefix(_PREFIX): t for n, t in canonical_tensors(model, only=_PREFIX).items()}
     write_tensors(directory, tensors, shard_bytes=shard_bytes)
     head = {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtype_code(model.dtype)}
     write_json(directory / "config.json", head | text_fields(model.config.text))

@@ -9,10 +9,12 @@ import torch
 from llava_fast.checkpoint import authors, huggingface
 from llava_fast.checkpoint.dtypes import first_dtype
 from llava_fast.checkpoint.files import SHARD_BYTES, read_json
-from llava_fast.checkpoint.names import EMBEDDING, Source, fill
+from llava_fast.checkpoint.names import EMBEDDING, Source, fill, layers_stored_packed
+from llava_fast.checkpoint.packed import stored_kind
 from llava_fast.config import ModelConfig
 from llava_fast.errors import CheckpointError, ConfigError
 from llava_fast.model import Llava
+from llava_fast.model.quantized import check_kind, put_empty, quantized_layers
 
 FORMATS = ("hf", "authors")
 
@@ -23,33 +25,58 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     attention: str = "auto",
+    quantization: str | None = None,
     vision_tower: Path | str | None = None,
     base: Path | str | None = None,
 ) -> Llava:
     """The model in a directory of transformers' or of the authors' kind.
 
-    The model is made empty and filled in place, tensor by tensor: its weights exist once.
+    The model is made empty and filled in place, tensor by tensor: its weights exist once. With ``quantization`` they
+    are rounded as they arrive, from the precision that the files have, so the full model never exists.
 
     Args:
         path: the directory.
         device: where to make it; default the CPU.
         dtype: default the checkpoint's own: what its config names, else that of its token embeddings.
         attention: as for :class:`Llava`.
+        quantization: what :func:`llava_fast.model.quantized.quantize` is to make of the weights; default what they are
+            in the directory, which may be quantized (:mod:`llava_fast.checkpoint.packed`).
         vision_tower: the CLIP directory of an authors' checkpoint, when it is not where ``mm_vision_tower`` says.
         base: the LLaMA directory to which an authors' delta checkpoint is added.
 
     Raises:
         CheckpointError: not a LLaVA checkpoint, a kind that is not supported, a damaged file, or tensors that are
-            missing, unexpected or mis-shaped.
-        ConfigError: a config that cannot work.
+            missing, unexpected or mis-shaped; weights quantized in a form that is not read.
+        ConfigError: a config that cannot work; ``quantization`` unknown, or another than the directory's own.
     """
-    config, sources = _open(Path(path), vision_tower, base)
+    if quantization is not None:
+        check_kind(quantization)
+    directory = Path(path)
+    config, sources, present = _open(directory, vision_tower, base)
+    if present is not None and quantization not in (None, present):
+        raise ConfigError(
+            f"quantization={quantization!r}: the weights of {directory} are {present} already; leave it None, or load "
+            f"the checkpoint from before quantization"
+        )
     embedding = next((s.entries[EMBEDDING] for s in sources if EMBEDDING in s.entries), None)
-    model = Llava(
-        config, device=device, dtype=dtype or first_dtype(config.dtype, embedding), seed=None, attention=attention
-    )
-    fill(model, sources, where=Path(path))
+    dtype = dtype or first_dtype(config.dtype, embedding)
+    kind = present or quantization
+    # What is to be replaced by quantized layers takes no memory before.
+    model = Llava(config, device=device if kind is None else "meta", dtype=dtype, seed=None, attention=attention)
+    if kind is not None:
+        names = layers_stored_packed(model, kind, sources) if present else quantized_layers(model, kind)
+        _make_quantized(model, kind, names, device)
+    fill(model, sources, where=directory, packed=present is not None)
     return model
+
+
+def _make_quantized(model: Llava, kind: str, names: list[str], device: torch.device | str | None) -> None:
+    """Give a model on the meta device quantized layers in the places called ``names``, and memory to be filled."""
+    for name in names:
+        put_empty(model, kind, name)
+    model.requires_grad_(False)
+    model.to_empty(device=device or "cpu")
+    model.decoder.reset_rope()
 
 
 def config_of(path: Path | str, *, vision_tower: Path | str | None = None) -> ModelConfig:
@@ -81,7 +108,7 @@ def save_model(
         The config as written: "hf" gives the model an image token inside its vocabulary where it has none.
 
     Raises:
-        ConfigError: unknown format.
+        ConfigError: unknown format, or a quantized model and another format than "hf".
     """
     if format not in FORMATS:
         raise ConfigError(f"format={format!r} is not known; choose one of {', '.join(FORMATS)}")
@@ -93,17 +120,20 @@ def save_model(
 
 def _open(
     directory: Path, vision_tower: Path | str | None, base: Path | str | None
-) -> tuple[ModelConfig, list[Source]]:
-    if _is_authors(directory):
+) -> tuple[ModelConfig, list[Source], str | None]:
+    """The model, its weights, and the kind of quantized weights that they are."""
+    is_authors = _is_authors(directory)
+    present = stored_kind(read_json(directory / "config.json"), directory / "config.json")
+    if is_authors:
         checkpoint = authors.AuthorsCheckpoint(directory, vision_tower=vision_tower, base=base)
-        return checkpoint.config, checkpoint.sources()
+        return checkpoint.config, checkpoint.sources(), present
     if vision_tower is not None or base is not None:
         given = "vision_tower" if vision_tower is not None else "base"
         raise CheckpointError(
             f"{directory} is a transformers LLaVA checkpoint, which is whole; {given} belongs to the authors' format"
         )
     config = huggingface.read_config(directory)
-    return config, huggingface.sources(directory, config)
+    return config, huggingface.sources(directory, config), present
 
 
 def _is_authors(directory: Path) -> bool:

@@ -6,17 +6,20 @@ gate and up, are one matrix each. Every part is a run of rows, so a merged matri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llava_fast.checkpoint.files import Entry, TensorFiles, shorten
+from llava_fast.checkpoint.packed import SCALE, Stored, stored
 from llava_fast.config import ModelConfig
-from llava_fast.errors import CheckpointError
+from llava_fast.errors import CheckpointError, ConfigError
 from llava_fast.model import Llava
+from llava_fast.model.quantized import QuantizedLinear, quantization_of, quantized_layers
 
 VISION = "vision_tower.vision_model."
 TEXT = "language_model.model."
@@ -103,14 +106,67 @@ def _stack(pieces: list[tuple[str, int]]) -> list[tuple[str, slice]]:
     return stacked
 
 
-def canonical_tensors(model: Llava) -> dict[str, Tensor]:
-    """The model's weights under their canonical names, as views: writing to them changes the model."""
+def canonical_tensors(model: Llava, *, only: str = "") -> dict[str, Tensor]:
+    """The model's weights under their canonical names, as views: writing to them changes the model.
+
+    Args:
+        model: what they are taken from.
+        only: those whose canonical names begin so; default all.
+
+    Raises:
+        ConfigError: one of them is quantized.
+    """
     params = dict(model.named_parameters())
-    return {
-        name: params[ours].detach()[rows]
-        for ours, parts in canonical_parts(model.config).items()
-        for name, rows in parts
-    }
+    tensors = {}
+    for ours, name, rows in _rows(model, only):
+        if ours not in params:
+            raise ConfigError(
+                f"the decoder is quantized to {quantization_of(model)}, and {ours} has no plain values; quantized "
+                f"models are written by llava_fast.save with format='hf' alone"
+            )
+        tensors[name] = params[ours].detach()[rows]
+    return tensors
+
+
+def stored_tensors(model: Llava, *, only: str = "", packed: bool = True) -> dict[str, Stored]:
+    """Every tensor that a checkpoint holds of the model, by canonical name, and where its like goes when it is read.
+
+    Args:
+        model: what is written or filled.
+        only: the weights whose canonical names begin so; default all.
+        packed: quantized layers stand in the checkpoint as :mod:`llava_fast.checkpoint.packed` says; else their
+            weights are plain there, and rounded as they arrive.
+    """
+    params, layers = dict(model.named_parameters()), _quantized(model)
+    tensors: dict[str, Stored] = {}
+    for ours, name, rows in _rows(model, only):
+        if ours in params:
+            view = params[ours].detach()[rows]
+            tensors[name] = Stored(view, view.copy_)
+        elif packed:
+            tensors |= named(name, stored(layers[ours], rows))
+        else:
+            plain = torch.empty(rows.stop - rows.start, layers[ours].in_features, device="meta")
+            tensors[name] = Stored(plain, partial(layers[ours].quantize_rows, rows))
+    return tensors
+
+
+def named(name: str, parts: dict[str, Stored]) -> dict[str, Stored]:
+    """``parts`` of the quantized weight with the canonical name ``name``, under names that begin as it does."""
+    return {name.removesuffix("weight") + part: value for part, value in parts.items()}
+
+
+def _rows(model: Llava, only: str = "") -> Iterator[tuple[str, str, slice]]:
+    """(name of ours, canonical name that begins with ``only``, its rows)."""
+    for ours, parts in canonical_parts(model.config).items():
+        for name, rows in parts:
+            if name.startswith(only):
+                yield ours, name, rows
+
+
+def _quantized(model: Llava) -> dict[str, QuantizedLinear]:
+    """The quantized layers by the names that their weights have in :func:`canonical_parts`."""
+    return {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 @dataclass
@@ -155,30 +211,49 @@ def from_memory(tensors: dict[str, Tensor], file: Path) -> Source:
     )
 
 
+def layers_stored_packed(model: Llava, kind: str, sources: list[Source]) -> list[str]:
+    """Those of the layers that ``kind`` rounds for which ``sources`` hold quantized weights."""
+    present = {name for source in sources for name in source.entries}
+    parts = canonical_parts(model.config)
+    return [
+        layer
+        for layer in quantized_layers(model, kind)
+        if any(name.removesuffix("weight") + SCALE in present for name, _ in parts[f"{layer}.weight"])
+    ]
+
+
 @torch.no_grad()
-def fill(model: Llava, sources: list[Source], *, where: Path, only: str = "") -> None:
+def fill(model: Llava, sources: list[Source], *, where: Path, only: str = "", packed: bool = False) -> None:
     """Fill the model's weights in place, each tensor copied from its source to its rows and cast on the way.
 
     Args:
-        model: any device and dtype.
+        model: any device and dtype. Quantized layers round what they are given.
         sources: together they must hold every canonical tensor once and no other.
         where: the checkpoint, for messages.
         only: the weights whose canonical names begin so; default all.
+        packed: the sources hold the quantized layers' weights quantized, as :mod:`llava_fast.checkpoint.packed` says.
 
     Raises:
         CheckpointError: before anything is copied, one error that lists every missing, unexpected, repeated or
             mis-shaped tensor.
     """
-    targets = {name: view for name, view in canonical_tensors(model).items() if name.startswith(only)}
-    check({name: tuple(view.shape) for name, view in targets.items()}, sources, where)
+    targets = stored_tensors(model, only=only, packed=packed)
+    check({name: target.like for name, target in targets.items()}, sources, where)
     for source in sources:
         for name, tensor in source.stream():
-            targets[name].copy_(tensor)
+            targets[name].put(tensor)
             del tensor  # the source may drop its map
 
 
-def check(needed: dict[str, tuple[int, ...]], sources: list[Source], where: Path) -> None:
-    """Raise one CheckpointError for everything in which the tensors of ``sources`` differ from name -> shape."""
+def check(needed: Mapping[str, Tensor], sources: list[Source], where: Path) -> None:
+    """Raise one CheckpointError for everything in which the tensors of ``sources`` differ from ``needed``.
+
+    Args:
+        needed: by name, of any device: each tells its shape and, unless it is a float of 16 bits or more, for which
+            any such float will do, its dtype.
+        sources: what is there.
+        where: the checkpoint, for messages.
+    """
     found: dict[str, Entry] = {}
     repeated = []
     for source in sources:
@@ -187,14 +262,14 @@ def check(needed: dict[str, tuple[int, ...]], sources: list[Source], where: Path
     missing = [name for name in needed if name not in found]
     unexpected = [f"{entry.name} {entry.shape} in {entry.file}" for name, entry in found.items() if name not in needed]
     misshaped = [
-        f"{found[name].name} is {found[name].shape} in {found[name].file}, the config makes it {shape}"
-        for name, shape in needed.items()
-        if name in found and found[name].shape != shape
+        f"{found[name].name} is {found[name].shape} in {found[name].file}, the config makes it {tuple(like.shape)}"
+        for name, like in needed.items()
+        if name in found and found[name].shape != like.shape
     ]
-    not_float = [
-        f"{found[name].name} in {found[name].file}"
-        for name in needed
-        if name in found and not found[name].dtype.is_floating_point
+    other_dtype = [
+        f"{found[name].name} is {found[name].dtype} in {found[name].file}"
+        for name, like in needed.items()
+        if name in found and not _may_become(found[name].dtype, like.dtype)
     ]
     problems = [
         f"{len(names)} {what}: {shorten(names)}"
@@ -203,22 +278,34 @@ def check(needed: dict[str, tuple[int, ...]], sources: list[Source], where: Path
             ("unexpected", unexpected),
             ("of another shape", misshaped),
             ("in two places", repeated),
-            ("not floating point", not_float),
+            ("of a dtype that does not fit", other_dtype),
         )
         if names
     ]
     if problems:
-        raise CheckpointError(f"the weights of {where} do not fit: {'; '.join(problems)}{_hint(found)}")
+        misfits = [
+            entry
+            for name, entry in found.items()
+            if name not in needed
+            or entry.shape != needed[name].shape
+            or not _may_become(entry.dtype, needed[name].dtype)
+        ]
+        raise CheckpointError(f"the weights of {where} do not fit: {'; '.join(problems)}{_hint(misfits)}")
 
 
-def _hint(found: dict[str, Entry]) -> str:
+def _may_become(there: torch.dtype, needed: torch.dtype) -> bool:
+    """Whether a tensor of dtype ``there`` may be cast: any float of 16 bits or more to any other; the rest is codes."""
+    return there == needed or all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in (there, needed))
+
+
+def _hint(misfits: list[Entry]) -> str:
     """What usually made tensors of a strange shape."""
-    if any(entry.shape == (0,) for entry in found.values()):
+    if any(entry.shape == (0,) for entry in misfits):
         return (
             ". Tensors of shape (0,) were saved under DeepSpeed ZeRO-3 without gathering their parts: save again with "
             "stage3_gather_16bit_weights_on_model_save, or convert with DeepSpeed's zero_to_fp32.py"
         )
-    if any(not e.dtype.is_floating_point or (len(e.shape) == 2 and e.shape[1] == 1) for e in found.values()):
+    if any(not e.dtype.is_floating_point or (len(e.shape) == 2 and e.shape[1] == 1) for e in misfits):
         return (
             ". Integer tensors, or of shape (n, 1), are packed 4-bit or 8-bit weights: save the model from a load "
             "without quantization"

@@ -60,14 +60,14 @@ def load_projector(model: Llava, path: Path | str) -> None:
             markers = tensor.clone()
         else:
             tensors[canonical_projector(name) or name] = tensor.clone()
-    targets = {n: t for n, t in canonical_tensors(model).items() if n.startswith(PROJECTOR)}
+    targets = canonical_tensors(model, only=PROJECTOR)
     kind = "mlp2x_gelu" if any("linear_2" in name for name in tensors) else "linear"
     if kind != model.config.projector:
         raise CheckpointError(
             f"{file} holds a projector of kind {kind!r}, the model has {model.config.projector!r}; make the model with "
             f"projector={kind!r}"
         )
-    check({name: tuple(view.shape) for name, view in targets.items()}, [from_memory(tensors, file)], file)
+    check(targets, [from_memory(tensors, file)], file)
     if markers is not None:
         _put_markers(model, markers, file)
     for name, view in targets.items():
@@ -107,8 +107,6 @@ def save_projector(model: Llava, path: Path | str) -> None:
         path = path / _FILES[0]
     linear = model.config.projector == "linear"
     tensors = {
-        authors_projector(name, linear=linear): t
-        for name, t in canonical_tensors(model).items()
-        if name.startswith(PROJECTOR)
+        authors_projector(name, linear=linear): t for name, t in canonical_tensors(model, only=PROJECTOR).items()
     }
     write_tensors(path.parent, tensors, stem=path.stem)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llava_fast.config import TextConfig
+from llava_fast.model.linear import Linear
 from llava_kernels import add_rms_norm, rms_norm, rope, swiglu
 
 # How a layer attends: (layer, q (T, heads, head_dim), k and v (T, kv_heads, head_dim)) -> (T, heads, head_dim).
@@ -48,11 +49,11 @@ class DecoderLayer(nn.Module):
         )
         dim, inner = config.hidden_size, config.intermediate_size
         self.attention_norm = RMSNorm(dim, config.rms_norm_eps, dtype, device)
-        self.qkv = nn.Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, **kw)
-        self.out = nn.Linear(self.heads * self.head_dim, dim, **kw)
+        self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, **kw)
+        self.out = Linear(self.heads * self.head_dim, dim, **kw)
         self.mlp_norm = RMSNorm(dim, config.rms_norm_eps, dtype, device)
-        self.gate_up = nn.Linear(dim, 2 * inner, **kw)
-        self.down = nn.Linear(inner, dim, **kw)
+        self.gate_up = Linear(dim, 2 * inner, **kw)
+        self.down = Linear(inner, dim, **kw)
 
     def forward(
         self, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend

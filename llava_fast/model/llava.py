@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_fast.batch import PackedBatch
@@ -11,9 +10,11 @@ from llava_fast.config import ModelConfig
 from llava_fast.errors import ConfigError
 from llava_fast.model import generation
 from llava_fast.model.decoder import Attend, Decoder, RMSNorm
+from llava_fast.model.linear import Linear
 from llava_fast.model.projector import Projector
+from llava_fast.model.quantized import QuantizedLinear
 from llava_fast.model.vision import VisionTower
-from llava_kernels import linear_cross_entropy, varlen_attention
+from llava_kernels import linear, linear_cross_entropy, varlen_attention
 from llava_kernels.attention import IMPLEMENTATIONS
 
 
@@ -56,7 +57,7 @@ class Llava(nn.Module):
         self.lm_head = (
             None
             if config.text.tie_word_embeddings
-            else nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False, dtype=dtype, device=meta)
+            else Linear(config.text.hidden_size, config.text.vocab_size, bias=False, dtype=dtype, device=meta)
         )
         self.to_empty(device=device or "cpu")
         self.decoder.reset_rope()
@@ -73,8 +74,12 @@ class Llava(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D) output head; the embedding table itself where the two are tied."""
-        return self.decoder.embed_tokens if self.lm_head is None else self.lm_head.weight
+        """(V, D) output head; the embedding table itself where the two are tied, made anew where it is quantized."""
+        if self.lm_head is None:
+            return self.decoder.embed_tokens
+        if isinstance(self.lm_head, QuantizedLinear):
+            return self.lm_head.dequantize().to(self.dtype)
+        return self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -123,7 +128,8 @@ class Llava(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and output head: (n, D) -> logits (n, V)."""
-        return F.linear(self.decoder.norm(hidden), self.head_weight)
+        hidden = self.decoder.norm(hidden)
+        return linear(hidden, self.decoder.embed_tokens) if self.lm_head is None else self.lm_head(hidden)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Logits (T, V) of every position, for study and parity; training never holds them."""

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_fast.config import ModelConfig, VisionConfig
+from llava_fast.model.linear import Linear
+from llava_kernels.linear import linear, multiplies_in_software
 
 
 class VisionLayer(nn.Module):
@@ -21,11 +23,11 @@ class VisionLayer(nn.Module):
         self.heads = config.num_attention_heads
         self.act = F.gelu if config.hidden_act == "gelu" else quick_gelu
         self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps, **kw)
-        self.qkv = nn.Linear(dim, 3 * dim, **kw)
-        self.out = nn.Linear(dim, dim, **kw)
+        self.qkv = Linear(dim, 3 * dim, **kw)
+        self.out = Linear(dim, dim, **kw)
         self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps, **kw)
-        self.fc1 = nn.Linear(dim, inner, **kw)
-        self.fc2 = nn.Linear(inner, dim, **kw)
+        self.fc1 = Linear(dim, inner, **kw)
+        self.fc2 = Linear(inner, dim, **kw)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 1 + patches, C)
         x = x + self.attention(self.norm1(x))
@@ -33,7 +35,9 @@ class VisionLayer(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, n, head_dim) each
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if multiplies_in_software(q):
+            q, k, v = q.float(), k.float(), v.float()
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(x.dtype))
 
 
 class VisionTower(nn.Module):
@@ -65,7 +69,7 @@ class VisionTower(nn.Module):
         n, p = pixel_values.shape[0], self.patch_size
         grid = pixel_values.shape[-1] // p
         patches = pixel_values.reshape(n, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)  # (N, grid, grid, 3, p, p)
-        x = F.linear(patches.reshape(n, grid * grid, -1), self.patch_embedding.flatten(1))  # (N, patches, C)
+        x = linear(patches.reshape(n, grid * grid, -1), self.patch_embedding.flatten(1))  # (N, patches, C)
         return torch.cat((self.class_embedding.expand(n, 1, -1), x), dim=1) + self.position_embedding
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import llava_fast as lf
 from llava_fast.checkpoint import save_model
-from llava_fast.checkpoint.names import canonical_tensors
 from llava_fast.config import TextConfig
+from llava_fast.model.quantized import KINDS
 
 # Prints the peak resident memory while each directory is loaded, above what the process had before, and the weights'
 # size, in bytes. Writing 5 to clear_refs sets the peak back to the present value.
@@ -33,29 +34,62 @@ for directory in sys.argv[1:]:
     print((kilobytes("VmHWM") - before) * 1024, sum(p.nbytes for p in model.parameters()))
     del model
 """
+# The same of a model that is quantized while it is read, of writing it, and of reading what was written.
+MEASURE_QUANTIZED = """
+import os, sys
+from pathlib import Path
+import torch
+from llava_fast.checkpoint import files, load_model, save_model
+
+def kilobytes(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+
+def measured(work):
+    open("/proc/self/clear_refs", "w").write("5")
+    before = kilobytes("VmRSS")
+    result = work()
+    print((kilobytes("VmHWM") - before) * 1024)
+    return result
+
+os.fsync, files.REMAP_BYTES = lambda file: None, 10 << 20
+torch.set_num_threads(1)
+plain, written, small, kind = sys.argv[1:]
+load_model(Path(small), quantization=kind)  # what the first use takes for ever
+model = measured(lambda: load_model(Path(plain), quantization=kind))
+print(sum(t.nbytes for t in (*model.parameters(), *model.buffers())))
+measured(lambda: save_model(model, Path(written)))
+del model
+model = measured(lambda: load_model(Path(written)))
+"""
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_peak_is_under_1_3_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # the disk is not what is tested
+def write_model(directory: Path, layers: int) -> None:
+    """bfloat16, 25 MB a layer and 20 MB beside them."""
     text = TextConfig(
         vocab_size=4096,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=16,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=8,
     )
     config = lf.ModelConfig.preset("tiny").replace(text=text, projector="mlp2x_gelu")
     model = lf.Llava(config, seed=None, dtype=torch.bfloat16)
+    for weight in model.parameters():
+        weight.data.fill_(0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)  # the disk is not what is tested
+        save_model(model, directory)
+
+
+@linux
+def test_peak_is_under_1_3_of_the_model(tmp_path: Path) -> None:
     mapped, pickled = tmp_path / "safetensors", tmp_path / "bin"
-    save_model(model, mapped)
+    write_model(mapped, 16)
     pickled.mkdir()
     (pickled / "config.json").write_bytes((mapped / "config.json").read_bytes())
-    torch.save(
-        {name: tensor.clone() for name, tensor in canonical_tensors(model).items()}, pickled / "pytorch_model.bin"
-    )
-    del model
+    torch.save(load_file(mapped / "model.safetensors"), pickled / "pytorch_model.bin")
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(mapped), str(pickled)], capture_output=True, text=True, check=True
     )
@@ -66,3 +100,23 @@ def test_peak_is_under_1_3_of_the_model(tmp_path: Path, monkeypatch: pytest.Monk
         print(f"peak {peak / size:.3f} of the model's {size} bytes")
         assert size > 400e6
         assert 1.0 < peak / size < 1.3  # below 1 the weights would not have been read
+
+
+@linux
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantizing_takes_the_quantized_model_and_one_weight(tmp_path: Path, kind: str) -> None:
+    """And 10 MB of mapped pages, which the full model is far above. Writing takes one weight alone."""
+    plain, written, small = (tmp_path / name for name in ("plain", "written", "small"))
+    write_model(plain, 6)
+    save_model(lf.Llava(lf.ModelConfig.preset("tiny"), seed=0), small)
+    paths = map(str, (plain, written, small))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE_QUANTIZED, *paths, kind], capture_output=True, text=True, check=True
+    )
+    quantizing, size, saving, reading = map(int, done.stdout.split())
+    print(f"{kind}: {size} bytes; quantizing {quantizing}, saving {saving}, reading {reading}")
+    full = (plain / "model.safetensors").stat().st_size
+    assert size < {"int8": 0.56, "fp8": 0.56, "int4": 0.36}[kind] * full
+    for peak in (quantizing, reading):
+        assert 0.7 * size < peak < size + 35e6 < 0.8 * full
+    assert saving < 35e6

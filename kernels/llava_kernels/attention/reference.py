@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_kernels.attention.backend import Backend
+from llava_kernels.linear import multiplies_in_software
 
 
 def attend_reference(
@@ -39,9 +40,12 @@ def attend_sdpa(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    dtype = q.dtype
+    if multiplies_in_software(q):
+        q, k, v = q.float(), k.float(), v.float()
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, n, head_dim)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return out.squeeze(0).transpose(0, 1)
+    return out.squeeze(0).transpose(0, 1).to(dtype)
 
 
 REFERENCE = Backend(attend=attend_reference)
