@@ -8,19 +8,23 @@ from torch import Tensor
 from llava_fast.config import TextConfig
 from llava_fast.engine.config import EngineConfig
 from llava_fast.errors import ConfigError
+from llava_kernels.linear import multiplies_in_software
 
 FP8 = torch.float8_e4m3fn
 
 
 class KVCache:
-    """Keys and values of every layer, (layers, 2, blocks, block_size, kv_heads, head_dim).
+    """Keys and values of every layer, (layers, blocks, block_size, 2, kv_heads, head_dim).
 
     Raises:
         ConfigError: the budget does not hold one block.
     """
 
     def __init__(self, text: TextConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype):
-        dtype = FP8 if config.kv_cache_dtype == "fp8" else dtype
+        if config.kv_cache_dtype == "fp8":
+            dtype = FP8
+        elif multiplies_in_software(torch.empty(0, dtype=dtype, device=device)):
+            dtype = torch.float32  # twice the bytes, and several times the speed
         token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
         self.block_size = config.block_size
         self.block_bytes = token * config.block_size
@@ -35,10 +39,10 @@ class KVCache:
                 f"the key-value cache has no room for one block of {config.block_size} tokens, {self.block_bytes} "
                 f"bytes; raise kv_cache_bytes={config.kv_cache_bytes} or memory_fraction={config.memory_fraction}"
             )
-        shape = (text.num_hidden_layers, 2, self.num_blocks, config.block_size, text.num_key_value_heads, text.head_dim)
+        shape = (text.num_hidden_layers, self.num_blocks, config.block_size, 2, text.num_key_value_heads, text.head_dim)
         # Zeros: what was never written is masked out of the softmax, but 0 * NaN would still be NaN.
         self.memory = torch.zeros(shape, dtype=torch.uint8 if dtype is FP8 else dtype, device=device).view(dtype)
-        self.layers: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self.memory]
+        self.layers: list[tuple[Tensor, Tensor]] = [(layer[:, :, 0], layer[:, :, 1]) for layer in self.memory]
 
     @property
     def num_bytes(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llava_fast.engine import attention
 from llava_fast.engine.config import EngineConfig
+from llava_fast.engine.host_decoder import HostDecoder
 from llava_fast.engine.images import FeatureCache, PreparedImage
 from llava_fast.engine.inputs import BlockTables, StepInputs, build, image_rows
 from llava_fast.engine.kv_cache import FP8, KVCache
@@ -64,6 +65,9 @@ class Runner:
         context = model.config.text.max_position_embeddings
         self.max_length = min(config.max_length or context, context)
         self.tables = BlockTables(config.max_sequences, -(-self.max_length // config.block_size))
+        self.host_decoder: HostDecoder | None = None
+        if model.device.type == "cpu" and self.cache.memory.dtype is not FP8 and HostDecoder.fits(model.decoder):
+            self.host_decoder = HostDecoder(model.decoder, self.cache, self.max_length)
         self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self.images_seen = 0
 
@@ -100,10 +104,9 @@ class Runner:
             sent["input_ids"][: inputs.decodes] = self.sampler.last[sent["rows"][: inputs.decodes]]
         text_alone = not inputs.images
         embedded = F.embedding(sent["input_ids"], decoder.embed_tokens) if text_alone else self._splice(inputs, sent)
-        if self.device.type == "cpu" and self.cache.memory.dtype is not FP8 and not use_triton(embedded):
-            attend = attention.on_host(self.cache, inputs)
-        else:
-            attend = attention.paged(self.cache, inputs, sent, self.model.attention)
+        if self.host_decoder is not None and not use_triton(embedded):
+            return self.host_decoder(embedded, inputs)
+        attend = attention.paged(self.cache, inputs, sent, self.model.attention)
         return decoder(embedded, sent["position_ids"], attend)
 
     def _splice(self, inputs: StepInputs, sent: dict[str, Tensor]) -> Tensor:
@@ -170,7 +173,7 @@ class Runner:
         """Let go of everything on the device."""
         if self.stream is not None:
             self.stream.synchronize()
-        del self.cache, self.sampler, self.model
+        del self.cache, self.sampler, self.model, self.host_decoder
         self.features.clear()
         if self.stream is not None:
             torch.cuda.empty_cache()  # back to the device, for whoever else is on it
