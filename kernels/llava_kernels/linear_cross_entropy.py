@@ -74,7 +74,7 @@ def _cross_entropy_kernel(
     real = (label >= 0) & (label < vocab)
     target = tl.load(logits_ptr + label, mask=real, other=float("nan")).to(tl.float32)
     columns = tl.arange(0, BLOCK)
-    top = -3.4e38  # running maximum; finite, so that a row of -inf yields no inf - inf
+    top = -3.4e38  # running maximum; finite, so that a block of -inf yields no inf - inf
     others = tl.zeros((BLOCK,), tl.float32)  # each lane's part of sum exp(logit - top) over all but the label
     for start in range(0, vocab, BLOCK):
         at = start + columns

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llava_kernels.build import Build
+from llava_kernels.build import Build, Kind
 from llava_kernels.dispatch import use_triton
 from llava_kernels.tiles import blocks_for, blocks_on
 
@@ -89,7 +89,8 @@ def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
 
     Args:
         x: (..., K) float32, float16 or bfloat16. Up to 64 rows run kernels that read the codes once; more run a
-            dequantisation and a matrix product.
+            dequantisation and a matrix product. A single row must lie below 2**48 (3e14) in magnitude, because its
+            kernel works with x times 2**80.
         bias: (N,) in x's dtype.
 
     Returns:
@@ -696,7 +697,7 @@ def builds(arch: int) -> list[Build]:
     return [*formats, _build("linear_sum_splits", _sum_splits_kernel, constants, "memory")]
 
 
-def _build(name: str, kernel: Any, constants: dict[str, Any], kind: Any) -> Build:
+def _build(name: str, kernel: Any, constants: dict[str, Any], kind: Kind) -> Build:
     types = {"words_ptr": "*i32", "channel_ptr": "*fp32", "parts_ptr": "*fp32"}
     names = [n for n in kernel.arg_names if n not in constants]
     options = {n: constants[n] for n in ("num_warps", "num_stages") if n in constants}

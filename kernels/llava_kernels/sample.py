@@ -16,7 +16,7 @@ from llava_kernels.dispatch import use_triton
 from llava_kernels.tiles import blocks_for, blocks_on
 
 GREEDY_BELOW = 1e-5
-LARGEST = 3.4e38  # +inf counts as this, so that differences of logits are numbers
+LARGEST = 3.4e38  # +inf counts as this, and minus this as -inf, so that differences of logits are numbers
 SMALLEST_MASS = 1e-30
 
 
@@ -37,8 +37,8 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Penalties, then temperature, then top-k, then top-p, then min-p, then the draw. No host synchronisation.
 
-    A setting that is None is off for all rows. NaN logits count as -inf; +inf as the largest float. A row without any
-    logit above -inf gives id 0 and a log-probability of NaN.
+    A setting that is None is off for all rows. Logits that are NaN or -3.4e38 and below count as -inf, those above
+    3.4e38 as that. A row without any logit above -inf gives id 0 and a log-probability of NaN.
 
     Args:
         logits: (B, V), any floating dtype; what follows is float32.
@@ -62,7 +62,8 @@ def sample(
         logprobs: (B,) float32, log-softmax of the given logits (before penalties and temperature) at the ids.
 
     Raises:
-        ValueError: shapes that do not fit together, no vocabulary, or penalties without counts.
+        ValueError: shapes that do not fit together, no vocabulary, seeds or positions of another dtype, or penalties
+            without counts.
     """
     penalties = (repetition_penalty, presence_penalty, frequency_penalty)
     settings = (temperature, top_k, top_p, min_p, *penalties)
@@ -88,6 +89,8 @@ def _check(
     for one in (seeds, positions, *settings):
         if one is not None and one.shape != rows:
             raise ValueError(f"a setting is {tuple(one.shape)}, and logits of {len(logits)} rows need ({len(logits)},)")
+    if not seeds.dtype == positions.dtype == torch.int64:
+        raise ValueError(f"seeds are {seeds.dtype} and positions {positions.dtype}; both must be torch.int64")
     for table in (counts, in_prompt):
         if table is not None and table.shape != logits.shape:
             raise ValueError(f"counts or in_prompt is {tuple(table.shape)}, logits {tuple(logits.shape)}")
@@ -107,7 +110,8 @@ def sample_reference(
     counts: Tensor | None,
     in_prompt: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    x = logits.float().nan_to_num(nan=float("-inf"), posinf=LARGEST, neginf=float("-inf"))  # (B, V)
+    x = logits.float()  # (B, V)
+    x = torch.where(x > -LARGEST, x, float("-inf")).clamp(max=LARGEST)
     log_total = (x - _top(x)).exp().sum(-1, keepdim=True).log() + _top(x)
     raw = x
     if repetition_penalty is not None:
@@ -164,7 +168,8 @@ def _race_times(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     second = _mixed(_mixed(_mixed(position ^ 0x13198A2E) ^ low) ^ high)[:, None]
     tokens = torch.arange(vocab, device=seeds.device, dtype=torch.int32)
     bits = _shifted(_mixed(_mixed(tokens + first) ^ second), 1)
-    u = bits.float() * 2**-31 + 2**-32  # in (0, 1]; small ones keep all their digits
+    # In (0, 1): small ones keep all their digits, and 1, which would take for ever, rounds down.
+    u = (bits.float() * 2**-31 + 2**-32).clamp(max=1 - 2**-24)
     return torch.where(u < 2**-6, u * (1 + u * (0.5 + u * (1 / 3))), -torch.log(1 - u))
 
 
@@ -186,6 +191,13 @@ _SMALLEST_MASS = tl.constexpr(SMALLEST_MASS)
 
 
 @triton.jit
+def _number(logit):
+    """float32 up to _LARGEST; -inf for NaN, which is above nothing, and for what is no more than -_LARGEST."""
+    logit = logit.to(tl.float32)
+    return tl.minimum(tl.where(logit > -_LARGEST, logit, -float("inf")), _LARGEST)
+
+
+@triton.jit
 def _mix(x):
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
@@ -199,7 +211,7 @@ def _race_time(seed, position, tokens):
     first = _mix(_mix(_mix(low ^ 0x243F6A88) ^ high) ^ place)
     second = _mix(_mix(_mix(place ^ 0x13198A2E) ^ low) ^ high)
     bits = _mix(_mix(tokens.to(tl.uint32) + first) ^ second) >> 1
-    u = bits.to(tl.int32).to(tl.float32) * 2**-31 + 2**-32
+    u = tl.minimum(bits.to(tl.int32).to(tl.float32) * 2**-31 + 2**-32, 1 - 2**-24)
     return tl.where(u < 2**-6, u * (1 + u * (0.5 + u * (1 / 3))), -tl.log(1 - u))
 
 
@@ -223,6 +235,70 @@ def _cut(weights_ptr, target, vocab, COUNT: tl.constexpr, BLOCK: tl.constexpr):
         cut = tl.where(_at_least(weights_ptr, higher, vocab, COUNT, BLOCK) >= target, cut + bit, cut)
         bit = bit >> 1
     return cut.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _penalised(
+    x,
+    at,
+    row,
+    repetition_ptr,
+    presence_ptr,
+    frequency_ptr,
+    counts_ptr,
+    in_prompt_ptr,
+    counts_stride,
+    in_prompt_stride,
+    vocab,
+):
+    """The logits x (n,) of a row at the ids ``at`` after its penalties."""
+    count = tl.load(counts_ptr + row * counts_stride + at, mask=at < vocab, other=0)
+    if repetition_ptr is not None:
+        seen = count > 0
+        if in_prompt_ptr is not None:
+            prompt = tl.load(in_prompt_ptr + row * in_prompt_stride + at, mask=at < vocab, other=0)
+            seen = seen | (prompt != 0)
+        repetition = tl.load(repetition_ptr + row)
+        x = tl.where(seen, x * tl.where(x > 0, tl.div_rn(1.0, repetition), repetition), x)
+    if presence_ptr is not None:
+        x -= tl.where(count > 0, tl.load(presence_ptr + row), 0.0)
+    if frequency_ptr is not None:
+        x -= tl.load(frequency_ptr + row) * count.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _smallest_kept(weights_ptr, row, top_k_ptr, top_p_ptr, min_p_ptr, vocab, BLOCK: tl.constexpr):
+    """The weight below which the three filters drop tokens; 0 if none does."""
+    cut = 0.0
+    if top_k_ptr is not None:
+        k = tl.load(top_k_ptr + row)
+        if (k > 0) & (k < vocab):
+            cut = _cut(weights_ptr, k.to(tl.float32), vocab, True, BLOCK)
+    if top_p_ptr is not None:
+        p = tl.load(top_p_ptr + row)
+        if p < 1:
+            left = _at_least(weights_ptr, cut, vocab, False, BLOCK)
+            target = tl.maximum(p * left, _SMALLEST_MASS)
+            cut = tl.maximum(cut, _cut(weights_ptr, target, vocab, False, BLOCK))
+    if min_p_ptr is not None:
+        cut = tl.maximum(cut, tl.minimum(tl.load(min_p_ptr + row), 1.0))
+    return cut
+
+
+@triton.jit
+def _winner(weights_ptr, cut, seed, position, vocab, BLOCK: tl.constexpr):
+    """The id that finishes first among those whose weight is at least ``cut``."""
+    chosen = 0
+    speed = 0.0
+    for start in range(0, vocab, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        weights = tl.load(weights_ptr + at)
+        speeds = tl.where(weights >= cut, weights / _race_time(seed, position, at), 0.0)
+        new = tl.max(speeds, axis=0)
+        chosen = tl.where(new > speed, start + tl.argmax(speeds, axis=0), chosen)
+        speed = tl.maximum(speed, new)
+    return chosen
 
 
 @triton.jit
@@ -261,24 +337,15 @@ def _sample_kernel(
     chosen = 0  # where that is
     for start in range(0, vocab, BLOCK):
         at = start + columns
-        x = tl.load(logits_ptr + at, mask=at < vocab, other=-float("inf")).to(tl.float32)
-        x = tl.minimum(tl.where(x == x, x, -float("inf")), _LARGEST)
+        x = _number(tl.load(logits_ptr + at, mask=at < vocab, other=-float("inf")))
         new = tl.maximum(top, tl.max(x, axis=0))
         total = total * tl.exp(top - new) + tl.exp(x - new)
         top = new
         if counts_ptr is not None:
-            count = tl.load(counts_ptr + row * counts_stride + at, mask=at < vocab, other=0)
-            if repetition_ptr is not None:
-                seen = count > 0
-                if in_prompt_ptr is not None:
-                    prompt = tl.load(in_prompt_ptr + row * in_prompt_stride + at, mask=at < vocab, other=0)
-                    seen = seen | (prompt != 0)
-                repetition = tl.load(repetition_ptr + row)
-                x = tl.where(seen, x * tl.where(x > 0, tl.div_rn(1.0, repetition), repetition), x)
-            if presence_ptr is not None:
-                x -= tl.where(count > 0, tl.load(presence_ptr + row), 0.0)
-            if frequency_ptr is not None:
-                x -= tl.load(frequency_ptr + row) * count.to(tl.float32)
+            x = _penalised(
+                x, at, row, repetition_ptr, presence_ptr, frequency_ptr, counts_ptr, in_prompt_ptr,
+                counts_stride, in_prompt_stride, vocab,
+            )  # fmt: skip
         tl.store(weights_ptr + at, x)
         new = tl.max(x, axis=0)
         chosen = tl.where(new > best, start + tl.argmax(x, axis=0), chosen)
@@ -294,31 +361,11 @@ def _sample_kernel(
             x = tl.load(weights_ptr + start + columns)
             tl.store(weights_ptr + start + columns, tl.exp((x - best) * tl.div_rn(1.0, temperature)))
         tl.debug_barrier()
-        cut = 0.0
-        if top_k_ptr is not None:
-            k = tl.load(top_k_ptr + row)
-            if (k > 0) & (k < vocab):
-                cut = _cut(weights_ptr, k.to(tl.float32), vocab, True, BLOCK)
-        if top_p_ptr is not None:
-            p = tl.load(top_p_ptr + row)
-            if p < 1:
-                left = _at_least(weights_ptr, cut, vocab, False, BLOCK)
-                target = tl.maximum(p * left, _SMALLEST_MASS)
-                cut = tl.maximum(cut, _cut(weights_ptr, target, vocab, False, BLOCK))
-        if min_p_ptr is not None:
-            cut = tl.maximum(cut, tl.minimum(tl.load(min_p_ptr + row), 1.0))
+        cut = _smallest_kept(weights_ptr, row, top_k_ptr, top_p_ptr, min_p_ptr, vocab, BLOCK)
         seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
-        speed = 0.0
-        chosen = 0
-        for start in range(0, vocab, BLOCK):
-            weights = tl.load(weights_ptr + start + columns)
-            speeds = tl.where(weights >= cut, weights / _race_time(seed, position, start + columns), 0.0)
-            new = tl.max(speeds, axis=0)
-            chosen = tl.where(new > speed, start + tl.argmax(speeds, axis=0), chosen)
-            speed = tl.maximum(speed, new)
+        chosen = _winner(weights_ptr, cut, seed, position, vocab, BLOCK)
     tl.store(ids_ptr + row, chosen)
-    logit = tl.minimum(tl.load(logits_ptr + chosen).to(tl.float32), _LARGEST)
-    tl.store(logprobs_ptr + row, logit - log_total)
+    tl.store(logprobs_ptr + row, _number(tl.load(logits_ptr + chosen)) - log_total)
 
 
 @torch.library.custom_op("llava_kernels::sample", mutates_args=())

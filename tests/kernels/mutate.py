@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -26,6 +27,7 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT = 600  # seconds a test
 PASSED, FAILED = 0, 1  # pytest's exit codes
+CRASHED = -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT  # memory outside the tensors was read or written
 
 
 class Mutation(NamedTuple):
@@ -84,8 +86,11 @@ class Bench:
         self.passing.add(mutation.test)
         try:
             file.write_text(whole.replace(mutation.fragment, mutation.broken))
-            # Another code than FAILED: the break is one of syntax, and the test never ran.
-            return {PASSED: "SURVIVED", FAILED: "noticed"}.get(self.run(mutation.test), "INVALID")
+            code = self.run(mutation.test)
+            if code == PASSED:
+                return "SURVIVED"
+            # Another code: the break is one of syntax, and the test never ran.
+            return "noticed" if code in (FAILED, *CRASHED) else "INVALID"
         finally:
             file.write_text(whole)
 

@@ -168,6 +168,22 @@ def test_large_logits_and_a_row_of_equal_ones(device):
     torch.testing.assert_close(logits.sum(1), torch.zeros(3, device=device), rtol=0, atol=1e-5)
 
 
+def test_logits_of_minus_infinity(device):
+    """A whole first block of them, and in the second row the label's own: that loss is infinite."""
+    logits = torch.randn(2, 9000, device=device)
+    logits[:, :8400] = -float("inf")
+    labels, losses = torch.tensor([8500, 5], device=device), torch.empty(2, device=device)
+    kept = logits[0, 8400:].double()
+    truth = torch.zeros(9000, dtype=torch.float64, device=device)
+    truth[8400:] = kept.exp() / kept.exp().sum()
+    truth[8500] -= 1
+    loss = kept.exp().sum().log() - kept[100]
+    module._cross_entropy(logits, labels, losses, gradient=True)
+    torch.testing.assert_close(losses.double(), torch.stack([loss, loss + float("inf")]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits[0].double(), truth, rtol=1e-5, atol=1e-7)
+    assert logits.isfinite().all()
+
+
 @pytest.mark.parametrize("label", [-100, -1, 20, 10**12])
 def test_label_outside_the_vocabulary_poisons_its_row_alone(device, label):
     """Rows lie in the middle of a larger buffer, whose other values are watched."""

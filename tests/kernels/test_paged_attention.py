@@ -171,6 +171,19 @@ def test_query_without_keys_gives_zeros(splits, implementation, device):
     torch.testing.assert_close(out[::2], case.exact()[::2].float())
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_queries_before_the_first_key_give_zeros(splits, implementation, device):
+    """Five queries and three tokens: the first two queries would stand before the sequence."""
+    case = cached(((5, 20), (1, 33)), 2, 2, 16, 16, torch.float32, device)
+    case.context_lens[0] = 3
+    case.keys[0], case.values[0] = case.keys[0][:3], case.values[0][:3]
+    with llava_kernels.implementation(implementation):
+        out = case.attend(splits=splits)
+    assert torch.equal(out[:2], torch.zeros_like(out[:2]))
+    torch.testing.assert_close(out[2:], case.exact()[2:].float())
+
+
 def test_no_sequences(device):
     case = cached(DECODE, 2, 2, 16, 16, torch.float32, device)
     case.q, case.block_table, case.context_lens = case.q[:0], case.block_table[:0], case.context_lens[:0]
@@ -186,6 +199,9 @@ def test_strides(device):
     both = torch.cat([case.k_cache, case.v_cache], dim=2)
     case.k_cache, case.v_cache = both[:, :, :2], both[:, :, 2:]
     case.block_table = torch.cat([case.block_table, case.block_table], dim=1)[:, : case.block_table.shape[1]]
+    case.context_lens, case.query_start = (
+        torch.stack([x, torch.zeros_like(x)], 1)[:, 0] for x in (case.context_lens, case.query_start)
+    )
     torch.testing.assert_close(case.attend(splits=2), expected.float())
 
 
@@ -210,6 +226,7 @@ def test_splits_come_from_what_the_host_knows(sequences, max_query, max_context,
     ("change", "words"),
     [
         ({"q": torch.zeros(3, 3, 16)}, "do not fit together"),
+        ({"q": torch.zeros(3, 32)}, "do not fit together"),
         ({"q": torch.zeros(3, 2, 8)}, "do not fit together"),
         ({"q": torch.zeros(3, 2, 16, dtype=torch.float16)}, "both must be torch.float16"),
         ({"v_cache": torch.zeros(9, 16, 2, 16).to(FP8)}, "both must be torch.float32"),
@@ -236,7 +253,7 @@ def stored(dtype, cache_dtype, device, **scales):
     """Both versions' caches after storing 9 tokens, some of them nowhere, in places that are out of order."""
     merged = (8 * torch.randn(9, 6, 16, device=device)).to(dtype)
     k, v = merged[:, 2:4], merged[:, 4:]  # not contiguous
-    slots = torch.tensor([31, 0, -1, 17, 5, -1, 30, 16, 2], device=device)
+    slots = torch.tensor([31, 0, -1, 17, 5, -1, 30, 16, 2], device=device).repeat_interleave(2)[::2]
     results = []
     for function in (store_kv, store_kv_reference):
         caches = [torch.full((4, 8, 2, 16), 7.0, device=device).to(cache_dtype) for _ in "kv"]
@@ -284,6 +301,7 @@ def test_store_kv_of_nothing(device):
     ("change", "words"),
     [
         ({"v": torch.zeros(3, 2, 8)}, "do not fit together"),
+        ({n: torch.zeros(3, 2) for n in "kv"} | {f"{n}_cache": torch.zeros(2, 4, 2) for n in "kv"}, "do not fit"),
         ({"k_cache": torch.zeros(2, 4, 3, 16)}, "do not fit together"),
         ({"k_cache": torch.zeros(2, 4, 2, 16, dtype=torch.float16)}, "both must be torch.float32"),
         ({"k_cache": torch.zeros(2, 4, 16, 2).transpose(2, 3)}, "must be dense"),
@@ -295,6 +313,20 @@ def test_store_kvs_arguments_are_checked(change, words):
     arguments = {"k": tokens, "v": tokens, "k_cache": cache, "v_cache": cache, "slots": torch.arange(3)}
     with pytest.raises(ValueError, match=words):
         store_kv(**arguments | change)
+
+
+def test_offsets_beyond_int32(device):
+    """Heads of q and of the cache so far apart that the third's offset is no int32."""
+    q, k, v = (torch.randn(30, 3, 16, device=device).half() for _ in "qkv")
+    step, size = 1_100_000_000, 32 * 16
+    room = torch.empty(2 * step + 3 * size, dtype=torch.float16, device=device)  # a CPU's memory is taken when written
+    caches = [room.as_strided((2, 16, 3, 16), (16 * 16, 16, step, 1), i * size) for i in range(2)]
+    far = room.as_strided(q.shape, (16, step, 1), 2 * size).copy_(q)
+    store_kv(k, v, *caches, torch.arange(30, device=device))
+    table, lens, starts = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([[0, 1]], [30], [0, 30]))
+    out = paged_attention(far, *caches, table, lens, starts, max_query=30, max_context=30)
+    expected = varlen_attention(q, k, v, (30,), implementation="reference")
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-3)  # float16
 
 
 # Registration

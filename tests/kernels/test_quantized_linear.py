@@ -268,14 +268,26 @@ def test_float8_activations(device):
     assert off.square().mean().sqrt() < 0.05 * exact.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("why", ["few rows", "dtype", "features"])
-def test_float8_activations_change_nothing_where_they_cannot_be_used(why, device):
-    weight = q.quantize_fp8(torch.randn(30 if why == "features" else 32, 128, device=device))
-    x = torch.randn(8 if why == "few rows" else 65, 128, device=device)
-    if why != "dtype" and device.type == "cuda":
-        x = x.bfloat16()
-    x = x.half() if why == "dtype" else x
-    assert torch.equal(q.linear_fp8(x, weight, fp8_activations=True), q.linear_fp8(x, weight))
+@pytest.mark.parametrize(
+    ("asked", "rows", "dtype", "features", "taken"),
+    [
+        (True, 65, torch.bfloat16, 32, "both in float8"),
+        (False, 65, torch.bfloat16, 32, "the weight alone"),
+        (True, 64, torch.bfloat16, 32, "the weight alone"),
+        (True, 65, torch.float16, 32, "the weight alone"),
+        (True, 65, torch.bfloat16, 30, "the weight alone"),
+    ],
+)
+def test_float8_activations_are_taken_where_they_can_be(asked, rows, dtype, features, taken, monkeypatch, device):
+    """Which of the two products runs; neither does, as the interpreter has no bfloat16 for one of them."""
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("the card has no float8 tensor cores")
+    ran = []
+    for name, words in (("_scaled_product", "both in float8"), ("_linear", "the weight alone")):
+        monkeypatch.setattr(q, name, lambda x, *_, words=words: ran.append(words) or x.new_zeros(rows, features))
+    weight = q.quantize_fp8(torch.randn(features, 128, device=device))
+    q.linear_fp8(torch.randn(rows, 128, device=device).to(dtype), weight, fp8_activations=asked)
+    assert ran == [taken]
 
 
 def test_reference_path(form, device):

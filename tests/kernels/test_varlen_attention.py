@@ -125,6 +125,21 @@ def test_strides(device):
     torch.testing.assert_close(mine, expected)
 
 
+def test_offsets_beyond_int32(device):
+    """The third head's offset is no int32, as in a transposed (heads, T, head_dim) of many tokens."""
+    near = [torch.randn(20, 3, 16, device=device).half() for _ in range(4)]
+    step, size = 1_100_000_000, near[0].numel()
+    room = torch.empty(2 * step + 4 * size, dtype=torch.float16, device=device)  # a CPU's memory is taken when written
+    far = [room.as_strided(x.shape, (16, step, 1), i * size).copy_(x) for i, x in enumerate(near)]
+    results = []
+    for *qkv, d_out in (near, far):
+        inputs = [x.requires_grad_() for x in qkv]
+        out = varlen_attention(*inputs, (9, 11), implementation="triton")
+        results.append((out, *torch.autograd.grad(out, inputs, d_out)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "sdpa", "triton", "auto"])
 @pytest.mark.parametrize("seqlens", [(), (0,), (0, 0)])
 def test_no_tokens(implementation, seqlens, device):
@@ -139,6 +154,8 @@ def test_cu_seqlens_may_be_given(device):
     ends = torch.tensor([0, 7, 20], dtype=torch.int32, device=device)
     given = varlen_attention(*qkv, (7, 13), implementation="triton", cu_seqlens=ends)
     assert torch.equal(given, varlen_attention(*qkv, (7, 13), implementation="triton"))
+    apart = torch.stack([ends, ends + 1], 1)[:, 0]
+    assert torch.equal(given, varlen_attention(*qkv, (7, 13), implementation="triton", cu_seqlens=apart))
     with_empty = torch.tensor([0, 7, 7, 20], dtype=torch.int32, device=device)
     assert torch.equal(given, varlen_attention(*qkv, (7, 0, 13), implementation="triton", cu_seqlens=with_empty))
 

@@ -68,8 +68,8 @@ def unfit_for_flash(
 
 
 def on_device(seqlens: Sequence[int], cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """``cu_seqlens``, or (S+1,) int32 built from the host's lengths with one copy that does not block."""
+    """``cu_seqlens`` side by side, or (S+1,) int32 built from the host's lengths by one copy that does not block."""
     if cu_seqlens is not None:
-        return cu_seqlens
+        return cu_seqlens.contiguous()
     ends = torch.tensor([0, *accumulate(seqlens)], dtype=torch.int32, pin_memory=device.type == "cuda")
     return ends.to(device, non_blocking=True)

@@ -117,7 +117,8 @@ def paged_attention_reference(
 def _check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_lens: Tensor, query_start: Tensor
 ) -> None:
-    if k_cache.shape != v_cache.shape or k_cache.shape[3] != q.shape[2] or q.shape[1] % k_cache.shape[2]:
+    fit = q.dim() == 3 and k_cache.dim() == 4 and k_cache.shape == v_cache.shape and k_cache.shape[3] == q.shape[2]
+    if not fit or q.shape[1] % k_cache.shape[2]:
         raise ValueError(
             f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} do not fit together"
         )
@@ -174,7 +175,7 @@ def _paged_attention_kernel(
     PRECISION: tl.constexpr,
 ):
     """BLOCK_M rows, each a query and one of the GROUP heads that share a key head, against one split of the keys."""
-    kv_head = tl.program_id(0)  # fastest: neighbours read neighbouring memory
+    kv_head = tl.program_id(0).to(tl.int64)  # fastest: neighbours read neighbouring memory
     m0 = tl.program_id(1) // SPLITS * BLOCK_M
     split = tl.program_id(1) % SPLITS
     sequence = tl.program_id(2)
@@ -296,7 +297,7 @@ def _launch(
     v_scale: float,
     splits: int,
 ) -> Tensor:
-    q = dense_heads(q)
+    q, context_lens, query_start = dense_heads(q), context_lens.contiguous(), query_start.contiguous()
     tokens, heads, head_dim = q.shape
     page, kv_heads = k_cache.shape[1:3]
     group, sequences = heads // kv_heads, context_lens.shape[0]

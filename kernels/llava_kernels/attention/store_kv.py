@@ -38,7 +38,8 @@ def store_kv(
     Raises:
         ValueError: dtypes or shapes do not fit together.
     """
-    if k.shape != v.shape or k_cache.shape != v_cache.shape or k_cache.shape[2:] != k.shape[1:]:
+    fit = k.dim() == 3 and k.shape == v.shape and k_cache.shape == v_cache.shape and k_cache.shape[2:] == k.shape[1:]
+    if not fit:
         raise ValueError(
             f"k {tuple(k.shape)}, v {tuple(v.shape)}, k_cache {tuple(k_cache.shape)} and v_cache "
             f"{tuple(v_cache.shape)} do not fit together"
@@ -75,9 +76,7 @@ def _fp32_to_fp8(x):
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # three bits of fraction, bias 7 for 127
-    small = (size + 16384.0).to(
-        tl.int32, bitcast=True
-    ) & 15  # below 2^-6: steps of 2^-9, which 2^14 leaves as the last bit
+    small = (size + 16384.0).to(tl.int32, bitcast=True) & 15  # below 2^-6: steps of 2^-9, the last bit of 2^14
     code = tl.where(size < 0.015625, small, normal)
     code = tl.where(x != x, 127, code)
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 128
@@ -115,7 +114,7 @@ def _store_kv_kernel(
     if slot < 0:
         return
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    head = at // HEAD_DIM
+    head = (at // HEAD_DIM).to(tl.int64)
     dim = at % HEAD_DIM
     inside = head < kv_heads
     k = tl.load(K + token * stride_kt + head * stride_kh + dim, mask=inside)
@@ -143,7 +142,7 @@ def _store_kv(
     blocks = blocks_for("store_kv", k.device, kv_heads * head_dim)
     with on(k):
         _store_kv_kernel[(tokens, triton.cdiv(kv_heads * head_dim, blocks["BLOCK"]))](
-            k, v, k_cache, v_cache, slots, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            k, v, k_cache, v_cache, slots.contiguous(), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             *k_cache.stride()[:3], *v_cache.stride()[:3], k_scale, v_scale, kv_heads,
             PAGE=k_cache.shape[1], HEAD_DIM=head_dim, QUANTIZED=quantized, **blocks,
         )  # fmt: skip

@@ -136,7 +136,7 @@ def _varlen_forward_kernel(
 ):
     pid = tl.program_id(0)
     m0 = (blocks - 1 - pid % blocks) * BLOCK_M  # the last blocks of a causal sequence have the most work: first
-    head = pid // blocks % heads
+    head = (pid // blocks % heads).to(tl.int64)  # a head's offset may be beyond int32: (heads, T, dim) transposed
     sequence = pid // blocks // heads
     start = tl.load(ENDS + sequence).to(tl.int64)
     length = (tl.load(ENDS + sequence + 1) - start).to(tl.int32)
@@ -163,7 +163,7 @@ def _varlen_forward_kernel(
     OUT += ((start + m0) * heads + head) * HEAD_DIM
     _store_rows(OUT, heads * HEAD_DIM, length - m0, acc / norm[:, None], BLOCK_M, HEAD_DIM, BLOCK_D)
     rows = tl.arange(0, BLOCK_M)
-    tl.store(LSE + head.to(tl.int64) * total + start + m0 + rows, top + tl.log2(norm), mask=rows < length - m0)
+    tl.store(LSE + head * total + start + m0 + rows, top + tl.log2(norm), mask=rows < length - m0)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -180,13 +180,13 @@ def _varlen_delta_kernel(
     BLOCK_M: tl.constexpr,
 ):
     m0 = tl.program_id(0) * BLOCK_M
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     OUT += (m0.to(tl.int64) * heads + head) * HEAD_DIM
     D_OUT += m0.to(tl.int64) * stride_t + head * stride_h
     out = _load_rows(OUT, heads * HEAD_DIM, total - m0, BLOCK_M, HEAD_DIM, BLOCK_D).to(tl.float32)
     d_out = _load_rows(D_OUT, stride_t, total - m0, BLOCK_M, HEAD_DIM, BLOCK_D).to(tl.float32)
     rows = m0 + tl.arange(0, BLOCK_M)
-    tl.store(DELTA + head.to(tl.int64) * total + rows, tl.sum(out * d_out, 1), mask=rows < total)
+    tl.store(DELTA + head * total + rows, tl.sum(out * d_out, 1), mask=rows < total)
 
 
 @triton.jit(do_not_specialize=["total", "blocks"])
@@ -224,7 +224,7 @@ def _varlen_d_kv_kernel(
     """One block of keys: all queries that see it, of all heads of its group, in order, so no atomics."""
     pid = tl.program_id(0)
     n0 = pid % blocks * BLOCK_N
-    kv_head = pid // blocks % kv_heads
+    kv_head = (pid // blocks % kv_heads).to(tl.int64)
     sequence = pid // blocks // kv_heads
     start = tl.load(ENDS + sequence).to(tl.int64)
     length = (tl.load(ENDS + sequence + 1) - start).to(tl.int32)
@@ -239,7 +239,7 @@ def _varlen_d_kv_kernel(
     cols = n0 + tl.arange(0, BLOCK_N)[:, None]
     first = n0 // BLOCK_M * BLOCK_M if CAUSAL else 0
     for i in range(GROUP):
-        head = (kv_head * GROUP + i).to(tl.int64)
+        head = kv_head * GROUP + i
         Q_HEAD = Q + head * stride_qh
         D_OUT_HEAD = D_OUT + head * stride_oh
         LSE_HEAD = LSE + head * total + start
@@ -339,7 +339,7 @@ def _varlen_d_q_kernel(
 ):
     pid = tl.program_id(0)
     m0 = (blocks - 1 - pid % blocks) * BLOCK_M
-    head = pid // blocks % heads
+    head = (pid // blocks % heads).to(tl.int64)
     sequence = pid // blocks // heads
     start = tl.load(ENDS + sequence).to(tl.int64)
     length = (tl.load(ENDS + sequence + 1) - start).to(tl.int32)
@@ -352,7 +352,7 @@ def _varlen_d_q_kernel(
     q = _load_rows(Q, stride_qt, length - m0, BLOCK_M, HEAD_DIM, BLOCK_D)
     d_out = _load_rows(D_OUT, stride_ot, length - m0, BLOCK_M, HEAD_DIM, BLOCK_D)
     rows = tl.arange(0, BLOCK_M)
-    at = head.to(tl.int64) * total + start + m0
+    at = head * total + start + m0
     lse = tl.load(LSE + at + rows, mask=rows < length - m0, other=0.0)
     delta = tl.load(DELTA + at + rows, mask=rows < length - m0, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)

@@ -2,6 +2,7 @@
 
 FILE = "kernels/llava_kernels/quantized_linear.py"
 TEST = "tests/kernels/test_quantized_linear.py"
+FLOAT8 = f"{TEST}::test_float8_activations_are_taken_where_they_can_be"
 
 MUTATIONS = [
     (FILE, "_position(FORMAT, plane + PLANES)", "_position(FORMAT, plane)", f"{TEST}::test_product"),
@@ -41,6 +42,9 @@ MUTATIONS = [
         "tile, mul, add, 0, FORMAT, tl.float32",
         f"{TEST}::test_dequantising_kernel_equals_the_definition",
     ),
+    (FILE, "x.dtype == torch.bfloat16 and out", "out", FLOAT8),
+    (FILE, "out_features % 16 == 0", "out_features % 2 == 0", FLOAT8),
+    (FILE, "x.numel() > FEW_ROWS * x.shape[-1]", "x.numel() >= FEW_ROWS * x.shape[-1]", FLOAT8),
     (
         FILE,
         "channel_ptr + row) * _unit(FORMAT, False)",
