@@ -58,7 +58,7 @@ if runs:
 PYTHON
 }
 
-rm -f "$out"/{summary.txt,versions.json,install.log,tests.log,benches.log,benches.json,library.log}
+rm -f "$out"/{summary.txt,versions.json,install.log,tests.log,benches.log,benches.json,engine_7b.json,engine.log,library.log}
 if [ -n "${WHEELS:-}" ]; then
     step "wheels of $WHEELS" 120 install.log "$python" -m pip install -q --no-index --no-deps --no-compile \
         --target "$parts/site" "$WHEELS"/*.whl
@@ -100,12 +100,13 @@ PYTHON
 workers=$("$python" -c "import xdist, os; print('-n', min(8, os.cpu_count()))" 2>/dev/null)
 all=$ends
 ends=$((SECONDS + (all - SECONDS) / 2)) # half of the time is the benchmarks'
-for file in tests/kernels/test_*.py; do
+for file in tests/kernels/test_*.py tests/engine/test_graphs.py; do
     [ "$file" != tests/kernels/test_compiled.py ] || continue # needs no GPU
     # shellcheck disable=SC2086
     step "$file" 120 tests.log "$python" -m pytest -p no:cacheprovider $workers "$file"
 done
 ends=$all
+step "engine at the shapes of LLaVA-7B" 240 engine.log "$python" -m benches.engine_7b --json "$out/engine_7b.json"
 for file in benches/bench_*.py; do
     step "$file" 90 benches.log "$python" -m pytest -p no:cacheprovider --benchmark-only \
         --benchmark-json="$parts/$(basename "$file" .py).json" "$file"

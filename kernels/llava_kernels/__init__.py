@@ -5,7 +5,7 @@ kernels that run on CUDA. :func:`implementation` or the environment variable LLA
 were tested in Triton's interpreter and compiled for sm_80 and sm_90; none of them has run on a GPU yet.
 """
 
-from llava_kernels.attention import paged_attention, store_kv, varlen_attention
+from llava_kernels.attention import paged_attention, rope_store_kv, store_kv, varlen_attention
 from llava_kernels.dispatch import implementation
 from llava_kernels.linear import linear
 from llava_kernels.linear_cross_entropy import linear_cross_entropy
@@ -53,6 +53,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_",
+    "rope_store_kv",
     "sample",
     "store_kv",
     "swiglu",

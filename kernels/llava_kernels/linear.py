@@ -10,7 +10,6 @@ from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 FEW_ROWS = 5  # up to here torch's 16-bit products, one row at a time, read the weight as fast as the memory gives it
-SLICE = 1 << 18  # weights that are turned into float32 at a time: they stay in the processor's cache
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,12 +30,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
-    step = max(64, SLICE // weight.shape[1])
-    out = torch.cat([F.linear(rows, some.float()) for some in weight.split(step)], dim=1)  # (M, N)
+    out = linear_in_float32(x.reshape(-1, x.shape[-1]), weight)  # (M, N)
     if bias is not None:
         out += bias
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], -1)
+
+
+def linear_in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """(M, K) and (N, K) of 16-bit floats -> (M, N), multiplied and added up in float32. TorchScript can compile it."""
+    step = max(64, 262144 // weight.size(1))  # 1 MiB of float32 weights at a time: they stay in the processor's cache
+    rows = x.float()
+    return torch.cat([F.linear(rows, some.float()).to(x.dtype) for some in weight.split(step)], dim=1)
 
 
 def multiplies_in_software(x: Tensor) -> bool:

@@ -27,7 +27,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    _check(x, cos, sin)
+    check_angles(x, cos, sin)
     if use_triton(x):
         return torch.ops.llava_kernels.rope(x, cos, sin, False)
     return rope_reference(x, cos, sin)
@@ -39,7 +39,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises:
         ValueError: ``x`` requires a gradient, or the shapes do not fit each other.
     """
-    _check(x, cos, sin)
+    check_angles(x, cos, sin)
     if x.requires_grad:
         raise ValueError("rope_ overwrites x, which requires a gradient; use rope")
     if use_triton(x):
@@ -54,7 +54,7 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check_angles(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     tokens, _, head_dim = x.shape
     if head_dim % 2 or cos.shape != (tokens, head_dim // 2) or sin.shape != cos.shape:
         raise ValueError(
@@ -111,7 +111,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> No
         return
     blocks = blocks_for("rope", x.device, tokens)
     shares = blocks.pop("shares")
-    tile = _tile(blocks.pop("pairs"), heads, head_dim)
+    tile = pairs_tile(blocks.pop("pairs"), heads, head_dim)
     grid = (triton.cdiv(tokens, tile["TOKENS"]), min(shares, triton.cdiv(heads, tile["HEADS"])))
     with torch.cuda.device_of(x):
         _rope_kernel[grid](
@@ -131,7 +131,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> No
         )
 
 
-def _tile(pairs: int, heads: int, head_dim: int) -> dict[str, int]:
+def pairs_tile(pairs: int, heads: int, head_dim: int) -> dict[str, int]:
     """A tile of about ``pairs`` pairs: as many heads of a token as there are, then more tokens."""
     half = head_dim // 2
     block = triton.next_power_of_2(half)
@@ -192,7 +192,7 @@ def _build(arch: int, head_dim: int, inverse: bool) -> Build:
             **dict.fromkeys(("x_token_stride", "x_head_stride", "out_token_stride", "out_head_stride"), "i32"),
             **{"tokens": "i32", "heads": "i32"},
         },
-        constants={**_tile(blocks["pairs"], 64, head_dim), "INVERSE": inverse},
+        constants={**pairs_tile(blocks["pairs"], 64, head_dim), "INVERSE": inverse},
         num_warps=blocks["num_warps"],
         kind="memory",
         not_aligned=("tokens", "heads"),

@@ -67,6 +67,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         for arch in (80, 90)
         for up_to, shares in ((256, 8), (ANY, 1))
     ),
+    # size: tokens. pairs and shares as rope's.
+    "rope_store_kv": tuple(
+        Row(arch, up_to, {"pairs": 1024, "shares": shares, "num_warps": 4})
+        for arch in (80, 90)
+        for up_to, shares in ((256, 8), (ANY, 1))
+    ),
     # size: inner
     "swiglu": tuple(
         Row(arch, up_to, {"BLOCK": block, "num_warps": 4})

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from threading import Event, Lock, RLock, Thread, current_thread
+from threading import TIMEOUT_MAX, Event, Lock, RLock, Thread, current_thread
+from traceback import clear_frames
 
 import torch
 
@@ -76,6 +77,7 @@ class Engine:
             block_size=config.block_size,
             max_sequences=config.max_sequences,
             max_step_tokens=config.max_step_tokens,
+            reserve=model.device.type == "cpu",  # a sequence in one piece is read without a copy
         )
         workers = min(4, os.cpu_count() or 1) if background else 0
         self._preparer = Preparer(
@@ -93,8 +95,8 @@ class Engine:
         self._template_stops = _stops_of(processor)
 
         self._inbox: deque[Callable[[], None]] = deque()  # what other threads ask of the one that steps
-        self._jobs: set[Job] = set()
-        self._deadlines: list[tuple[float, int, Job]] = []
+        self._jobs: dict[int, Job] = {}
+        self._deadlines: list[tuple[float, int]] = []  # when, and which job
         self._arrivals = 0
         self._queued = 0  # submitted, not begun
         self._queue_lock = Lock()
@@ -120,6 +122,7 @@ class Engine:
             QueueFullError: ``max_queue`` requests wait already.
             EngineClosedError: the engine was closed or has failed.
         """
+        answers = min(request.sampling.n, self.config.max_n)  # more is an error, and must not take memory before
         with self._queue_lock:
             self._check_open()
             if self._queued >= self.config.max_queue:
@@ -128,13 +131,11 @@ class Engine:
                 )
             self._queued += 1
             self._arrivals += 1
-            number = self._arrivals
-        name = request.request_id or f"request-{number}"
-        answers = min(request.sampling.n, self.config.max_n)  # more is an error, and must not take memory before
-        handle = Handle(name, answers, None if self._thread is not None else self._drive)
-        job = Job(request, handle, number, time.monotonic())
-        handle._on_cancel(lambda: self._ask(lambda: self._end(job, None)))
-        self._ask(lambda: self._take_in(job))
+            name = request.request_id or f"request-{self._arrivals}"
+            handle = Handle(name, answers, None if self._thread is not None else self._drive)
+            job = Job(request, handle, self._arrivals, time.monotonic())
+            handle._on_cancel(lambda: self._ask(lambda: self._end(job, None)))
+            self._ask(lambda: self._take_in(job))  # before the lock is free: who closes the engine then finds it
         self._preparer.start(
             request, done=lambda found: self._ask(lambda: self._queue(job, found)), wanted=lambda: not handle.done
         )
@@ -149,15 +150,15 @@ class Engine:
             EngineClosedError: the engine was closed meanwhile.
         """
         handles: list[Handle] = []
-        for request in requests:
-            while True:
-                try:
-                    handles.append(self.submit(request))
-                    break
-                except QueueFullError:
-                    self._wait_a_little()
-        for handle in handles:
-            handle._wait_until_done()
+        try:
+            for request in requests:
+                handles.append(self._submit_when_there_is_room(request))
+            for handle in handles:
+                handle._wait_until_done()
+        except BaseException:  # the caller's interrupt too: nobody waits for the others any more
+            for handle in handles:
+                handle.cancel()
+            raise
         self._check_not_closed(handles)
         return [handle._completion for handle in handles]
 
@@ -197,8 +198,6 @@ class Engine:
     def close(self) -> None:
         """Stop, fail what is not done with EngineClosedError, and give the memory back. May be called twice."""
         with self._queue_lock:
-            if self._closed:
-                return
             self._closed = True
         self._wake.set()
         if self._thread is not None and self._thread is not current_thread():
@@ -224,16 +223,16 @@ class Engine:
         while self._inbox:
             self._inbox.popleft()()
         now = time.monotonic()
-        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].ended):
-            _, _, job = heapq.heappop(self._deadlines)
-            late = f"request {job.handle.request_id!r} was not done within its timeout of {job.request.timeout} s"
-            self._end(job, DeadlineError(late))
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._jobs):
+            job = self._jobs.get(heapq.heappop(self._deadlines)[1])
+            if job is not None:
+                late = f"request {job.handle.request_id!r} was not done within its timeout of {job.request.timeout} s"
+                self._end(job, DeadlineError(late))
 
     def _take_in(self, job: Job) -> None:
-        self._jobs.add(job)
-        timeout = job.request.timeout
-        if isinstance(timeout, int | float) and timeout > 0:
-            heapq.heappush(self._deadlines, (job.submitted + timeout, job.number, job))
+        self._jobs[job.number] = job
+        if job.request.timeout is not None:
+            heapq.heappush(self._deadlines, (job.submitted + job.request.timeout, job.number))
 
     def _queue(self, job: Job, found: Prompt | Exception) -> None:
         """The request's prompt is ready, or could not be made."""
@@ -277,6 +276,7 @@ class Engine:
         try:
             launched = [self._runner.launch(chunks)]
         except Exception as error:
+            clear_frames(error.__traceback__)  # what the failed step had allocated, before it is tried again
             launched = self._launch_apart(chunks, error)
         for step in launched:
             self._scheduler.advance(step.chunks)
@@ -286,18 +286,24 @@ class Engine:
             self._fork(chunk.sequence.job)
 
     def _launch_apart(self, chunks: list[Chunk], error: Exception) -> list[Launched]:
-        """After an exception: each sequence by itself, so that only those fail that cannot be computed."""
+        """After an exception: each sequence by itself, so that only those fail that cannot be computed. They begin
+        again with what the host knows: how far the failed step came, nobody can tell."""
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)  # raises where the device is lost: then the engine stops
+        while self._launched:
+            self._postprocess(self._launched.popleft())
+        for chunk in chunks:
+            chunk.sequence.on_device, chunk.sequence.written = False, 0
         launched = []
         for chunk in chunks:
-            if chunk.sequence.finished:  # another answer of its request has failed
+            if chunk.sequence.finished:  # with an earlier step, or as another answer of its request failed
                 continue
             if len(chunks) > 1:
                 try:
                     launched.append(self._runner.launch([chunk]))
                     continue
                 except Exception as alone:
+                    clear_frames(alone.__traceback__)
                     error = alone
             failure = StepError(f"{type(error).__name__} while the request was computed: {error}")
             failure.__cause__ = error
@@ -355,7 +361,7 @@ class Engine:
         for sequence in job.sequences + job.forks:
             self._scheduler.remove(sequence)
         job.sequences, job.forks = [], []
-        self._jobs.discard(job)
+        self._jobs.pop(job.number, None)
         if not job.started:
             with self._queue_lock:
                 self._queued -= 1
@@ -375,10 +381,10 @@ class Engine:
         self._release(stopped)
 
     def _release(self, error: Exception) -> None:
-        with suppress(Exception):  # requests that were on their way in
-            while self._inbox:
+        while self._inbox:  # requests that were on their way in
+            with suppress(Exception):
                 self._inbox.popleft()()
-        for job in list(self._jobs):
+        for job in list(self._jobs.values()):
             self._end(job, error)
         self._deadlines.clear()
         self._launched.clear()
@@ -403,11 +409,22 @@ class Engine:
             self._wake.wait(0.01)
             self._wake.clear()
 
-    def _wait_a_little(self) -> None:
-        if self._thread is None:
-            self._drive()
-        else:
-            time.sleep(0.002)
+    def _submit_when_there_is_room(self, request: Request) -> Handle:
+        while True:
+            try:
+                return self.submit(request)
+            except QueueFullError:
+                if self._thread is None:
+                    self._drive()
+                else:
+                    time.sleep(0.002)
+
+    def _until_deadline(self) -> float | None:
+        """Seconds to the next deadline, if there is one."""
+        with self._step_lock:
+            if not self._deadlines:
+                return None
+            return min(max(0.0, self._deadlines[0][0] - time.monotonic()), TIMEOUT_MAX)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -427,10 +444,10 @@ def _work(reference: weakref.ref[Engine], wake: Event) -> None:
             busy = engine.step()
         except EngineClosedError:
             return
-        deadline = engine._deadlines[0][0] if engine._deadlines else None
+        seconds = None if busy else engine._until_deadline()
         del engine
         if not busy:
-            wake.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            wake.wait(seconds)
 
 
 def _stops_of(processor: Processor) -> tuple[str, ...]:

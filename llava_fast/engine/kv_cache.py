@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +43,7 @@ class KVCache:
                 f"bytes; raise kv_cache_bytes={config.kv_cache_bytes} or memory_fraction={config.memory_fraction}"
             )
         shape = (text.num_hidden_layers, self.num_blocks, config.block_size, 2, text.num_key_value_heads, text.head_dim)
-        # Zeros: what was never written is masked out of the softmax, but 0 * NaN would still be NaN.
-        self.memory = torch.zeros(shape, dtype=torch.uint8 if dtype is FP8 else dtype, device=device).view(dtype)
+        self.memory = _zeros(shape, dtype, device)
         self.layers: list[tuple[Tensor, Tensor]] = [(layer[:, :, 0], layer[:, :, 1]) for layer in self.memory]
 
     @property
@@ -60,3 +62,14 @@ def _free_bytes(device: torch.device) -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         fields = dict(line.split(":", 1) for line in file)
     return int(fields["MemAvailable"].split()[0]) << 10
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, since 0 * NaN is NaN: what was never written has no weight in the softmax, but must be a number. On a CPU
+    the system hands the pages out when they are first used."""
+    count = math.prod(shape) * dtype.itemsize
+    if device.type == "cpu":
+        memory = torch.from_numpy(np.zeros(count, dtype=np.uint8))
+    else:
+        memory = torch.zeros(count, dtype=torch.uint8, device=device)
+    return memory.view(dtype).view(shape)

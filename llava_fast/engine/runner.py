@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,21 @@ from torch import Tensor
 
 from llava_fast.engine import attention
 from llava_fast.engine.config import EngineConfig
+from llava_fast.engine.graphs import DecodeGraphs, TowerGraphs
 from llava_fast.engine.host_decoder import HostDecoder
 from llava_fast.engine.images import FeatureCache, PreparedImage
 from llava_fast.engine.inputs import BlockTables, StepInputs, build, image_rows
 from llava_fast.engine.kv_cache import FP8, KVCache
+from llava_fast.engine.prompt import Prompt
+from llava_fast.engine.request import SamplingParams
 from llava_fast.engine.sampler import Logprobs, Sampler
 from llava_fast.engine.scheduler import Chunk
 from llava_fast.engine.sequence import Sequence
 from llava_fast.engine.transfer import download, upload
 from llava_fast.model import Llava
 from llava_kernels.dispatch import use_triton
+
+PromptScores = tuple[Sequence, list[int], Logprobs]  # a sequence, places in its prompt, and the values there
 
 
 @dataclass
@@ -33,14 +39,14 @@ class Launched:
         sequences: those that draw a token, in the order of ``tokens``.
         tokens: (n,) int64 on the host, once :meth:`wait` returns.
         logprobs: of the drawn tokens, if any sequence wants them.
-        prompts: log-probabilities of prompt tokens: the sequence, the places of the tokens, and the values.
+        prompts: log-probabilities of prompt tokens.
     """
 
     chunks: list[Chunk]
     sequences: list[Sequence]
     tokens: Tensor
     logprobs: Logprobs | None
-    prompts: list[tuple[Sequence, list[int], Logprobs]] = field(default_factory=list)
+    prompts: list[PromptScores]
     copied: torch.cuda.Event | None = None
 
     def wait(self) -> None:
@@ -68,8 +74,26 @@ class Runner:
         self.host_decoder: HostDecoder | None = None
         if model.device.type == "cpu" and self.cache.memory.dtype is not FP8 and HostDecoder.fits(model.decoder):
             self.host_decoder = HostDecoder(model.decoder, self.cache, self.max_length)
-        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self.stream: torch.cuda.Stream | None = None
+        self.decode_graphs: DecodeGraphs | None = None
+        self.tower_graphs: TowerGraphs | None = None
+        if model.device.type == "cuda":
+            self._use_cuda()
         self.images_seen = 0
+
+    def _use_cuda(self) -> None:
+        self.stream = torch.cuda.Stream(self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the weights may still be on their way
+        if self.config.cuda_graphs:
+            self.decode_graphs = DecodeGraphs(
+                self.model,
+                self.cache,
+                self.sampler,
+                self.stream,
+                max_length=self.max_length,
+                max_sequences=self.config.max_sequences,
+            )
+            self.tower_graphs = TowerGraphs(self.model, self.config.image_batch, self.stream)
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Launched:
@@ -81,13 +105,12 @@ class Runner:
             self._see([image for c in chunks for image in self._needed(c)])
             inputs = build(chunks, self.tables, self.config.block_size)
             sent = upload(inputs.arrays, self.device)
-            hidden = self._hidden(inputs, sent)
+            logits, prompts = self._logits(inputs, sent)
             drawing = [c.sequence for c in inputs.chunks if c.draws]
             tokens, logprobs = sent["draw_rows"], None
-            if drawing:
-                logits = self.model.head(hidden[sent["logit_rows"]])
+            if logits is not None:
                 tokens, logprobs = self.sampler.draw(logits, drawing, sent["draw_rows"], sent["draw_positions"])
-            launched = Launched(chunks, drawing, download(tokens), logprobs, self._score_prompts(inputs, hidden))
+            launched = Launched(chunks, drawing, download(tokens), logprobs, prompts)
             if self.stream is not None:
                 launched.copied = torch.cuda.Event()
                 launched.copied.record(self.stream)
@@ -96,6 +119,14 @@ class Runner:
     def on_stream(self) -> AbstractContextManager:
         """The engine's own stream: its steps neither wait for the host program's work nor hold it up."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def _logits(self, inputs: StepInputs, sent: dict[str, Tensor]) -> tuple[Tensor | None, list[PromptScores]]:
+        """(n, V) logits of the sequences that draw a token, None where none does, and what prompts are scored with."""
+        if self.decode_graphs is not None and inputs.decodes == len(inputs.chunks):
+            return self.decode_graphs.logits(inputs), []
+        hidden = self._hidden(inputs, sent)
+        logits = self.model.head(hidden[sent["logit_rows"]]) if len(sent["logit_rows"]) else None
+        return logits, self._score_prompts(inputs, hidden)
 
     def _hidden(self, inputs: StepInputs, sent: dict[str, Tensor]) -> Tensor:
         """(T, D) before the final norm."""
@@ -106,7 +137,10 @@ class Runner:
         embedded = F.embedding(sent["input_ids"], decoder.embed_tokens) if text_alone else self._splice(inputs, sent)
         if self.host_decoder is not None and not use_triton(embedded):
             return self.host_decoder(embedded, inputs)
-        attend = attention.paged(self.cache, inputs, sent, self.model.attention)
+        if inputs.decodes == len(inputs.chunks):
+            attend = attention.decoding(self.cache, sent, inputs.max_context)
+        else:
+            attend = attention.mixed(self.cache, inputs, sent, self.model.attention)
         return decoder(embedded, sent["position_ids"], attend)
 
     def _splice(self, inputs: StepInputs, sent: dict[str, Tensor]) -> Tensor:
@@ -144,13 +178,16 @@ class Runner:
 
     def _tower(self, images: list[PreparedImage]) -> list[Tensor]:
         pixels = torch.stack([image.pixels for image in images if image.pixels is not None])
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
         self.images_seen += len(images)
-        # One tensor an image: a kept one must not hold the memory of its whole batch.
-        return [features.clone() for features in self.model.image_features(pixels)]
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        if self.tower_graphs is not None:
+            found = self.tower_graphs.features(pixels)
+        else:
+            found = self.model.image_features(pixels.to(self.device, non_blocking=True))
+        return [features.clone() for features in found]  # one tensor an image: none holds the memory of its whole batch
 
-    def _score_prompts(self, inputs: StepInputs, hidden: Tensor) -> list[tuple[Sequence, list[int], Logprobs]]:
+    def _score_prompts(self, inputs: StepInputs, hidden: Tensor) -> list[PromptScores]:
         scored = []
         starts = inputs.arrays["query_start"].tolist()
         for row, chunk in zip(starts, inputs.chunks, strict=False):
@@ -166,14 +203,43 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run the tower and a prompt once, so that kernels are compiled and memory is at its largest. The cache's first
-        block is written; nobody has been told of it."""
+        """Run the tower, prompts and answers of no meaning, so that no request waits for a compilation or a recording.
+
+        The cache's first blocks are written; nobody has been told of them.
+        """
+        side = self.model.config.vision.image_size
+        with self.on_stream():
+            pixels = torch.zeros(1, 3, side, side, device=self.device)
+            self.model.image_features(pixels)
+            for sampling in (SamplingParams(), SamplingParams(temperature=1.0, top_k=5, top_p=0.9)):
+                self._answer_nothing(sampling)
+            if self.stream is not None:
+                self.stream.synchronize()
+        for graphs in (self.decode_graphs, self.tower_graphs):
+            if graphs is not None:
+                for size in reversed(graphs.sizes):  # the largest first: the others fit into its memory
+                    graphs.record(size)
+
+    def _answer_nothing(self, sampling: SamplingParams) -> None:
+        """A prompt and three tokens after it, past the scheduler."""
+        length = max(1, min(32, self.max_length - 3, self.cache.num_blocks * self.cache.block_size - 3))
+        prompt = Prompt(np.zeros(length, dtype=np.int64))
+        nobody: Any = None
+        sequence = Sequence(
+            nobody, prompt, sampling, index=0, limit=3, order=(0, 0, 0), root="", seed=0, stop_ids=(), text=nobody
+        )
+        blocks = -(-(length + 3) // self.cache.block_size)
+        sequence.slot, sequence.blocks = 0, list(range(min(self.cache.num_blocks, blocks)))
+        for start, count in ((0, length), (length, 1), (length + 1, 1)):
+            if start + count <= len(sequence.blocks) * self.cache.block_size:
+                self.launch([Chunk(sequence, start, count, draws=True)]).wait()
+                sequence.on_device = True
 
     def close(self) -> None:
         """Let go of everything on the device."""
         if self.stream is not None:
             self.stream.synchronize()
-        del self.cache, self.sampler, self.model, self.host_decoder
+        del self.cache, self.sampler, self.model, self.host_decoder, self.decode_graphs, self.tower_graphs
         self.features.clear()
         if self.stream is not None:
             torch.cuda.empty_cache()  # back to the device, for whoever else is on it

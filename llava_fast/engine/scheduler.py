@@ -35,12 +35,17 @@ class Scheduler:
         block_size: tokens of a block.
         max_sequences: most running sequences.
         max_step_tokens: most tokens of a step.
+        reserve: while most blocks are free, give a sequence all that it can come to need at once, so that they lie in
+            one piece.
     """
 
-    def __init__(self, pool: BlockPool, *, block_size: int, max_sequences: int, max_step_tokens: int):
+    def __init__(
+        self, pool: BlockPool, *, block_size: int, max_sequences: int, max_step_tokens: int, reserve: bool = False
+    ):
         self.pool = pool
         self.block_size = block_size
         self.max_step_tokens = max_step_tokens
+        self.reserve = reserve
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = self.prefix_tokens = self.cached_tokens = 0
@@ -142,6 +147,9 @@ class Scheduler:
         spare = min(len(self.running), self.pool.num_blocks // 50)  # for the next tokens of those that run
         if self.pool.free - self.pool.idle_among(cached) - wanted < spare:
             return False
+        if self.reserve:
+            most = -(-(len(sequence.prompt.ids) + sequence.limit) // self.block_size) - len(found)
+            wanted = most if self.pool.free - most > self.pool.num_blocks // 2 else wanted
         self.pool.hold(cached)
         sequence.blocks = cached
         for _ in range(wanted):

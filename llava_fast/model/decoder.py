@@ -14,9 +14,18 @@ from llava_fast.config import TextConfig
 from llava_fast.model.linear import Linear
 from llava_kernels import add_rms_norm, rms_norm, rope, swiglu
 
-# How a layer attends: (layer, q (T, heads, head_dim), k and v (T, kv_heads, head_dim)) -> (T, heads, head_dim).
-# The decoder does not know whether keys lie in the batch or in a cache; who calls it does.
+# How a layer attends: (layer, qkv (T, heads + 2 kv_heads, head_dim), cos, sin (T, head_dim/2)) -> (T, heads, head_dim).
+# The decoder does not know whether keys lie in the batch or in a cache; who calls it does, and may turn and store them
+# in one go.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The merged product as q (T, heads, head_dim), k and v (T, kv_heads, head_dim), q and k at their positions."""
+    heads = qkv.shape[1] - 2 * kv_heads
+    qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
+    q, k = rope(qk, cos, sin).split((heads, kv_heads), dim=1)
+    return q, k, v
 
 
 class RMSNorm(nn.Module):
@@ -42,15 +51,12 @@ class DecoderLayer(nn.Module):
         super().__init__()
         kw: Any = {"bias": False, "dtype": dtype, "device": device}
         self.index = index
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.head_dim = config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         dim, inner = config.hidden_size, config.intermediate_size
         self.attention_norm = RMSNorm(dim, config.rms_norm_eps, dtype, device)
-        self.qkv = Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, **kw)
-        self.out = Linear(self.heads * self.head_dim, dim, **kw)
+        self.qkv = Linear(dim, (heads + 2 * kv_heads) * self.head_dim, **kw)
+        self.out = Linear(heads * self.head_dim, dim, **kw)
         self.mlp_norm = RMSNorm(dim, config.rms_norm_eps, dtype, device)
         self.gate_up = Linear(dim, 2 * inner, **kw)
         self.down = Linear(inner, dim, **kw)
@@ -67,10 +73,8 @@ class DecoderLayer(nn.Module):
         return x, self.down(swiglu(self.gate_up(h)))
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, heads + 2 kv_heads, head_dim)
-        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        q, k = rope(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
-        return self.out(attend(self.index, q, k, v).flatten(1))
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, heads + 2 kv_heads, head_dim)
+        return self.out(attend(self.index, qkv, cos, sin).flatten(1))
 
 
 class Decoder(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llava_fast.batch import PackedBatch
 from llava_fast.config import TextConfig
+from llava_fast.model.decoder import turned
 from llava_kernels import varlen_attention
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class KVCache:
         sequence = torch.repeat_interleave(self.lengths, output_size=batch.num_tokens)  # (T,)
         position = batch.position_ids.long()
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            q, k, v = turned(qkv, cos, sin, self.keys.shape[3])
             self.keys[layer, sequence, position] = k
             self.values[layer, sequence, position] = v
             return varlen_attention(
@@ -41,8 +43,9 @@ class KVCache:
 
         return attend
 
-    def attend_next(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one new token a sequence, at position ``lengths``, over what is kept. q: (S, heads, dim)."""
+    def attend_next(self, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attention of one new token a sequence, at position ``lengths``, over what is kept."""
+        q, k, v = turned(qkv, cos, sin, self.keys.shape[3])  # (S, heads, head_dim)
         sequence = torch.arange(q.shape[0], device=q.device)
         self.keys[layer, sequence, self.lengths] = k
         self.values[layer, sequence, self.lengths] = v

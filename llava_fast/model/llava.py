@@ -9,7 +9,7 @@ from llava_fast.batch import PackedBatch
 from llava_fast.config import ModelConfig
 from llava_fast.errors import ConfigError
 from llava_fast.model import generation
-from llava_fast.model.decoder import Attend, Decoder, RMSNorm
+from llava_fast.model.decoder import Attend, Decoder, RMSNorm, turned
 from llava_fast.model.linear import Linear
 from llava_fast.model.projector import Projector
 from llava_fast.model.quantized import QuantizedLinear
@@ -119,7 +119,8 @@ class Llava(nn.Module):
         return self.decoder(self.embed(batch), batch.position_ids, attend or self._attend_within(batch))
 
     def _attend_within(self, batch: PackedBatch) -> Attend:
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            q, k, v = turned(qkv, cos, sin, self.config.text.num_key_value_heads)
             return varlen_attention(
                 q, k, v, batch.seqlens, causal=True, implementation=self.attention, cu_seqlens=batch.cu_seqlens
             )

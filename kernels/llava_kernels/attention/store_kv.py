@@ -38,6 +38,14 @@ def store_kv(
     Raises:
         ValueError: dtypes or shapes do not fit together.
     """
+    check_store(k, v, k_cache, v_cache, slots)
+    if use_triton(k):
+        torch.ops.llava_kernels.store_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+    else:
+        store_kv_reference(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+
+
+def check_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     fit = k.dim() == 3 and k.shape == v.shape and k_cache.shape == v_cache.shape and k_cache.shape[2:] == k.shape[1:]
     if not fit:
         raise ValueError(
@@ -50,10 +58,6 @@ def store_kv(
         raise ValueError("the last dimension of the caches must be dense")
     if slots.shape != k.shape[:1]:
         raise ValueError(f"slots is {tuple(slots.shape)} for {k.shape[0]} tokens")
-    if use_triton(k):
-        torch.ops.llava_kernels.store_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale)
-    else:
-        store_kv_reference(k, v, k_cache, v_cache, slots, k_scale, v_scale)
 
 
 def store_kv_reference(
@@ -71,7 +75,7 @@ def store_kv_reference(
 
 
 @triton.jit
-def _fp32_to_fp8(x):
+def fp32_to_fp8(x):
     """float32 to the bits of e4m3, rounded to nearest even, beyond 448 to 448. Runs on cards without fp8."""
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.int32, bitcast=True)
@@ -120,8 +124,8 @@ def _store_kv_kernel(
     k = tl.load(K + token * stride_kt + head * stride_kh + dim, mask=inside)
     v = tl.load(V + token * stride_vt + head * stride_vh + dim, mask=inside)
     if QUANTIZED:
-        k = _fp32_to_fp8(k.to(tl.float32) / k_factor)
-        v = _fp32_to_fp8(v.to(tl.float32) / v_factor)
+        k = fp32_to_fp8(k.to(tl.float32) / k_factor)
+        v = fp32_to_fp8(v.to(tl.float32) / v_factor)
     block = slot // PAGE
     offset = slot % PAGE
     tl.store(K_CACHE + block * stride_kcb + offset * stride_kct + head * stride_kch + dim, k, mask=inside)
