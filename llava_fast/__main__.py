@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from llava_fast.generate.__main__ import main as generate
 from llava_fast.train.__main__ import main as train
 
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "generate": generate}
 
 
 def main() -> int:

@@ -16,11 +16,11 @@ from llava_fast.checkpoint import join, load_projector
 from llava_fast.config import FEATURES, PRESETS, PROJECTORS, ModelConfig
 from llava_fast.data.samples import load_samples
 from llava_fast.errors import ConfigError, LlavaError
+from llava_fast.interrupt import Interrupted
 from llava_fast.model import Llava
 from llava_fast.pretrained import load
 from llava_fast.processor import Processor, Tokenizer
 from llava_fast.train import demo
-from llava_fast.train.interrupt import Interrupted
 from llava_fast.train.recipe import RECIPES, Recipe, recipe
 from llava_fast.train.trainer import Trainer
 

@@ -22,12 +22,12 @@ from llava_fast.checkpoint import save_projector
 from llava_fast.checkpoint.files import write_json
 from llava_fast.data.loader import EncodeOptions, Plan, SampleSource, fingerprint, load_steps, measure, plan_run
 from llava_fast.errors import ConfigError, LlavaError, SampleError, TrainingError
+from llava_fast.interrupt import Interrupted, interrupts
 from llava_fast.model import Llava
 from llava_fast.pretrained import save
 from llava_fast.processor import Processor
 from llava_fast.train import checkpoints
 from llava_fast.train.flops import peak_of, step_flops
-from llava_fast.train.interrupt import Interrupted, interrupts
 from llava_fast.train.log import Log, plot_losses
 from llava_fast.train.optimizer import MasterAdamW, cosine
 from llava_fast.train.recipe import Recipe

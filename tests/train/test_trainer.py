@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import llava_fast as lf
 from llava_fast.data.scenes import Scenes
 from llava_fast.errors import ConfigError, SampleError, TrainingError
+from llava_fast.interrupt import Interrupted
 from llava_fast.train import checkpoints
-from llava_fast.train.interrupt import Interrupted
 from llava_fast.train.trainer import held_out_loss
 from tests.train.conftest import losses
 
