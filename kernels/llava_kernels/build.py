@@ -32,7 +32,7 @@ class Build:
         num_warps, num_stages: of the launch.
         kind: what the compiled code must show: "gemm" tensor cores (wgmma on sm_90, mma with asynchronous copies on
             sm_80), "memory" 16-byte loads, "other" neither.
-        not_aligned: names of integer arguments that may not be multiples of 16; pointers always are.
+        not_aligned: names of arguments, integers and pointers, that may not be multiples of 16.
     """
 
     name: str

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 CHOICES = ("auto", "reference", "triton")
+Function = TypeVar("Function", bound=Callable[..., Any])
 _forced: ContextVar[str | None] = ContextVar("llava_kernels_implementation", default=None)
 
 
-@torch.compiler.assume_constant_result
+def constant_under_compile(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result`` without importing the compiler, which takes a second and a half."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_under_compile
 def chosen() -> str:
     """ "auto", "reference" or "triton": the innermost :func:`implementation`, else the variable LLAVA_KERNELS.
 

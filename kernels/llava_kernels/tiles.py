@@ -5,6 +5,9 @@ tune.py measures new rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 
@@ -27,6 +30,8 @@ class Row:
 
 
 ANY = 1 << 62
+PROCESSORS = {80: 108, 90: 132}  # A100; H100 SXM and H200
+_assumed: ContextVar[int | None] = ContextVar("llava_kernels_assumed_arch", default=None)
 
 
 def _gemm(m: int, n: int, k: int, warps: int, stages: int) -> dict[str, int]:
@@ -210,9 +215,33 @@ def blocks_on(op: str, arch: int, size: int) -> dict[str, int]:
     return dict(_blocks(op, arch, size))
 
 
+@contextmanager
+def assume(arch: int) -> Iterator[None]:
+    """Within the block, launches are made out for a card of this architecture (80 or 90), whatever the device is."""
+    token = _assumed.set(arch)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def arch_of(device: torch.device) -> int:
     """80 or 90: whose rows hold for the device. The interpreter on a CPU takes the A100's."""
+    if (arch := _assumed.get()) is not None:
+        return arch
     return 90 if device.type == "cuda" and _capability(device.index or 0) >= 9 else 80
+
+
+def processors_of(device: torch.device) -> int:
+    """Its multiprocessors; 1 of a CPU."""
+    if (arch := _assumed.get()) is not None:
+        return PROCESSORS[arch]
+    return _processors(device) if device.type == "cuda" else 1
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

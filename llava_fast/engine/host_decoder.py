@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llava_fast.engine.inputs import StepInputs
 from llava_fast.engine.kv_cache import KVCache
-from llava_fast.model.decoder import Decoder, DecoderLayer
+from llava_fast.model import Llava
+from llava_fast.model.decoder import DecoderLayer
 from llava_fast.model.linear import Linear
 from llava_kernels.linear import FEW_ROWS, linear_in_float32, multiplies_in_software
 
@@ -54,17 +55,18 @@ class Span(NamedTuple):
 
 class HostDecoder:
     """Args:
-    decoder: its weights are used where they are.
+    model: its weights are used where they are.
     cache: of the model's dtype or float32, on a CPU.
     max_length: positions that occur.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, max_length: int):
-        text = decoder.config
+    def __init__(self, model: Llava, cache: KVCache, max_length: int):
+        decoder, text = model.decoder, model.config.text
         self.heads, self.kv_heads, self.eps = text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps
         self.block_size = cache.block_size
         self.layers = [Layer(*_weights(layer)) for layer in decoder.layers]  # type: ignore[arg-type]
         self.blocks = list(cache.memory.flatten(3, 4))  # (blocks, block_size, 2 kv_heads, head_dim) a layer
+        self.norm_and_head = (decoder.norm.weight.detach(), model.head_weight.detach())
         self.software = multiplies_in_software(decoder.embed_tokens)
         cos, sin = decoder.angles(torch.arange(max_length))
         # x turned by its angle is x * cos + (its halves exchanged) * sin, with the first half of sin negative.
@@ -72,10 +74,11 @@ class HostDecoder:
         self.sin = torch.cat((-sin, sin), dim=1).unsqueeze(1)
 
     @staticmethod
-    def fits(decoder: Decoder) -> bool:
+    def fits(model: Llava) -> bool:
         """Whether all products are plain ones; those of quantized weights go through their modules."""
-        products = ("qkv", "out", "gate_up", "down")
-        return all(type(getattr(layer, name)) is Linear for layer in decoder.layers for name in products)
+        names = ("qkv", "out", "gate_up", "down")
+        products = [getattr(layer, name) for layer in model.decoder.layers for name in names]
+        return all(type(product) is Linear for product in products) and type(model.lm_head) in (Linear, type(None))
 
     def __call__(self, x: Tensor, inputs: StepInputs) -> Tensor:
         """x: (T, D) embeddings -> (T, D) before the final norm."""
@@ -87,10 +90,15 @@ class HostDecoder:
         together = inputs.decodes if inputs.decodes > 1 and size <= GATHER_BYTES else 0
         table, bias = _padded(inputs, together, self.block_size) if together else (slots, self.sin)
         spans = [_span(inputs, i, self.block_size) for i in range(together, len(inputs.chunks))]
-        return compiled()(
+        return compiled()[0](
             x, self.layers, self.blocks, self.cos, self.sin, positions, slots, spans, together, table, bias,
             self.heads, self.kv_heads, self.eps, self.software and x.shape[0] > FEW_ROWS,
         )  # fmt: skip
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final norm and output head: (n, D) -> logits (n, V)."""
+        in_float32 = self.software and hidden.shape[0] > FEW_ROWS
+        return compiled()[1](hidden, *self.norm_and_head, self.eps, in_float32)
 
 
 def decode(
@@ -156,16 +164,21 @@ def multiply(x: Tensor, weight: Tensor, in_float32: bool) -> Tensor:
     return linear_in_float32(x, weight) if in_float32 else F.linear(x, weight)
 
 
+def normalize_and_multiply(x: Tensor, norm: Tensor, weight: Tensor, eps: float, in_float32: bool) -> Tensor:
+    return multiply(normalize(x, norm, eps), weight, in_float32)
+
+
 @cache
-def compiled() -> Callable[..., Tensor]:
-    """:func:`decode`, without the Python between its operations if this torch still has TorchScript."""
+def compiled() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """:func:`decode` and :func:`normalize_and_multiply`, without the Python between their operations if this torch
+    still has TorchScript."""
     try:
         with warnings.catch_warnings():  # torch announces that TorchScript will go; then the plain function stays
             warnings.simplefilter("ignore", DeprecationWarning)
-            return torch.jit.script(decode)
+            return torch.jit.script(decode), torch.jit.script(normalize_and_multiply)
     except Exception as error:
         log.info("decoding on the CPU without TorchScript: %s", error)
-        return decode
+        return decode, normalize_and_multiply
 
 
 def _weights(layer: DecoderLayer) -> tuple[Tensor, ...]:

@@ -57,6 +57,8 @@ def build(chunks: list[Chunk], tables: BlockTables, block_size: int) -> StepInpu
     """Lay the chunks out."""
     tables.update(chunks)
     decoding = [c for c in chunks if c.sequence.on_device]
+    if len(decoding) == len(chunks):
+        return _decodes(chunks, tables, block_size)
     reading = [c for c in chunks if not c.sequence.on_device]
     chunks = decoding + reading
     rows = np.array([c.sequence.slot for c in chunks], dtype=np.int64)
@@ -64,19 +66,14 @@ def build(chunks: list[Chunk], tables: BlockTables, block_size: int) -> StepInpu
     counts = np.array([c.count for c in chunks], dtype=np.int64)
     query_start = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(counts, out=query_start[1:])
-    if reading:
-        total = int(query_start[-1])
-        positions = np.arange(total) - np.repeat(query_start[:-1] - starts, counts)
-        owners = np.repeat(rows, counts)
-        known = [c.sequence.ids[c.start : c.start + c.count] for c in reading]
-        input_ids = np.concatenate([np.zeros(len(decoding), dtype=np.int64), *known])
-    else:
-        positions, owners, input_ids = starts, rows, np.zeros(len(chunks), dtype=np.int64)
+    positions = np.arange(query_start[-1]) - np.repeat(query_start[:-1] - starts, counts)
+    owners = np.repeat(rows, counts)
+    known = [c.sequence.ids[c.start : c.start + c.count] for c in reading]
     contexts = starts + counts
     max_context = int(contexts.max())
     drawn = np.array([i for i, c in enumerate(chunks) if c.draws], dtype=np.int64)
-    arrays = {
-        "input_ids": input_ids,
+    arrays: dict[str, np.ndarray] = {
+        "input_ids": np.concatenate([np.zeros(len(decoding), dtype=np.int64), *known]),
         "position_ids": positions.astype(np.int32),
         "slots": tables.array[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size,
         "block_table": np.ascontiguousarray(tables.array[rows, : -(-max_context // block_size)]),
@@ -88,10 +85,30 @@ def build(chunks: list[Chunk], tables: BlockTables, block_size: int) -> StepInpu
         "draw_positions": contexts[drawn],
     }
     images = _images(reading, query_start[len(decoding) :])
-    max_query = max((c.count for c in reading), default=1)
-    return StepInputs(
-        chunks, len(decoding), arrays, images, max_query, max_context, fresh=not any(c.start for c in reading)
-    )
+    max_query = max(c.count for c in reading)
+    fresh = not any(c.start for c in reading)
+    return StepInputs(chunks, len(decoding), arrays, images, max_query, max_context, fresh)
+
+
+def _decodes(chunks: list[Chunk], tables: BlockTables, block_size: int) -> StepInputs:
+    """The same where every sequence decodes one token, as in most steps."""
+    rows = np.array([c.sequence.slot for c in chunks], dtype=np.int64)
+    starts = np.array([c.start for c in chunks], dtype=np.int64)
+    blocks, offsets = np.divmod(starts, block_size)
+    contexts = starts + 1
+    max_context = int(contexts.max())
+    arrays: dict[str, np.ndarray] = {
+        "input_ids": np.zeros(len(chunks), dtype=np.int64),
+        "position_ids": starts.astype(np.int32),
+        "slots": tables.array[rows, blocks].astype(np.int64) * block_size + offsets,
+        "block_table": tables.array[rows, : -(-max_context // block_size)],
+        "context_lens": contexts.astype(np.int32),
+        "query_start": np.arange(len(chunks) + 1, dtype=np.int32),
+        "rows": rows,
+        "draw_rows": rows,
+        "draw_positions": contexts,
+    }
+    return StepInputs(chunks, len(chunks), arrays, [], 1, max_context, fresh=True)
 
 
 def _images(reading: list[Chunk], places: np.ndarray) -> list[tuple[PreparedImage, int, int, int]]:

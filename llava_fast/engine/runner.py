@@ -72,8 +72,8 @@ class Runner:
         self.max_length = min(config.max_length or context, context)
         self.tables = BlockTables(config.max_sequences, -(-self.max_length // config.block_size))
         self.host_decoder: HostDecoder | None = None
-        if model.device.type == "cpu" and self.cache.memory.dtype is not FP8 and HostDecoder.fits(model.decoder):
-            self.host_decoder = HostDecoder(model.decoder, self.cache, self.max_length)
+        if model.device.type == "cpu" and self.cache.memory.dtype is not FP8 and HostDecoder.fits(model):
+            self.host_decoder = HostDecoder(model, self.cache, self.max_length)
         self.stream: torch.cuda.Stream | None = None
         self.decode_graphs: DecodeGraphs | None = None
         self.tower_graphs: TowerGraphs | None = None
@@ -125,16 +125,23 @@ class Runner:
         if self.decode_graphs is not None and inputs.decodes == len(inputs.chunks):
             return self.decode_graphs.logits(inputs), []
         hidden = self._hidden(inputs, sent)
-        logits = self.model.head(hidden[sent["logit_rows"]]) if len(sent["logit_rows"]) else None
+        if inputs.decodes == len(inputs.chunks):
+            return self._head(hidden), []
+        logits = self._head(hidden[sent["logit_rows"]]) if len(sent["logit_rows"]) else None
         return logits, self._score_prompts(inputs, hidden)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.model.head(hidden) if self.host_decoder is None else self.host_decoder.head(hidden)
 
     def _hidden(self, inputs: StepInputs, sent: dict[str, Tensor]) -> Tensor:
         """(T, D) before the final norm."""
-        decoder = self.model.decoder
-        if inputs.decodes:
-            sent["input_ids"][: inputs.decodes] = self.sampler.last[sent["rows"][: inputs.decodes]]
-        text_alone = not inputs.images
-        embedded = F.embedding(sent["input_ids"], decoder.embed_tokens) if text_alone else self._splice(inputs, sent)
+        decoder, decodes = self.model.decoder, inputs.decodes
+        ids = sent["input_ids"]
+        if decodes == len(inputs.chunks):
+            ids = self.sampler.last[sent["rows"]]
+        elif decodes:
+            ids[:decodes] = self.sampler.last[sent["rows"][:decodes]]
+        embedded = self._splice(inputs, sent) if inputs.images else F.embedding(ids, decoder.embed_tokens)
         if self.host_decoder is not None and not use_triton(embedded):
             return self.host_decoder(embedded, inputs)
         if inputs.decodes == len(inputs.chunks):
@@ -197,7 +204,7 @@ class Runner:
                 continue
             places = [p for p in range(first, last) if not prompt.images_within(p, p + 1)]
             sent = upload({"rows": np.array(places) - 1 - chunk.start + row, "ids": sequence.ids[places]}, self.device)
-            logits = self.model.head(hidden[sent["rows"]])
+            logits = self._head(hidden[sent["rows"]])
             scored.append((sequence, places, Logprobs.of(logits, sent["ids"], sequence.sampling.prompt_logprobs or 0)))
         return scored
 

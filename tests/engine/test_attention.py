@@ -41,14 +41,15 @@ def answers(pair: Pair, requests: list[lf.Request], **config) -> list[list[int]]
 def test_the_flat_decoder(pair, monkeypatch, gathered, compiled):
     monkeypatch.setattr(host_decoder, "GATHER_BYTES", gathered)
     if not compiled:
-        monkeypatch.setattr(host_decoder, "compiled", lambda: host_decoder.decode)
+        plain = host_decoder.decode, host_decoder.normalize_and_multiply
+        monkeypatch.setattr(host_decoder, "compiled", lambda: plain)
     requests = mixed_requests()
     assert answers(pair, requests, max_step_tokens=64, block_size=8) == [pair.reference(r) for r in requests]
 
 
 def test_torchscript_takes_the_flat_decoder():
     """On the releases that this project supports it does; without it, tiny models decode at half the speed."""
-    assert isinstance(host_decoder.compiled(), torch.jit.ScriptFunction)
+    assert all(isinstance(function, torch.jit.ScriptFunction) for function in host_decoder.compiled())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_the_kernels(tmp_path, pair, config):
 
 def test_references_of_the_kernels(pair, monkeypatch):
     """The same path on the references, as quantized models take it on a CPU."""
-    monkeypatch.setattr(host_decoder.HostDecoder, "fits", lambda decoder: False)
+    monkeypatch.setattr(host_decoder.HostDecoder, "fits", lambda model: False)
     requests = mixed_requests()
     assert answers(pair, requests, max_step_tokens=64, block_size=8) == [pair.reference(r) for r in requests]
 

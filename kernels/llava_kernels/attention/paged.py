@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from llava_kernels.attention.triton_varlen import LOG2E, dense_heads, on, padded
 from llava_kernels.build import Build, Kind
 from llava_kernels.dispatch import use_triton
-from llava_kernels.tiles import blocks_for, blocks_on
+from llava_kernels.tiles import blocks_for, blocks_on, processors_of
 
 FP8 = torch.float8_e4m3fn
 MOST_SPLITS = 32
@@ -142,7 +141,9 @@ def _fp8_to_fp16(x):
     return ((x.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)  # -16385: all bits but the exponent's highest
 
 
-@triton.jit
+# What differs from step to step is not compiled in: a step would wait for the compiler. Of the three index tensors the
+# engine passes slices, which start anywhere.
+@triton.jit(do_not_specialize=["stride_table", "heads"], do_not_specialize_on_alignment=["TABLE", "CONTEXT", "STARTS"])
 def _paged_attention_kernel(
     Q,
     K,
@@ -272,13 +273,8 @@ def _splits(q: Tensor, kv_heads: int, sequences: int, max_query: int, max_contex
     """Enough programs for two rounds on every multiprocessor, from what the host knows alone."""
     rows = max_query * (q.shape[1] // kv_heads)
     programs = sequences * kv_heads * math.ceil(rows / _blocks(q, rows)["BLOCK_M"])
-    wanted = math.ceil(4 * processors(q.device) / max(programs, 1))
+    wanted = math.ceil(4 * processors_of(q.device) / max(programs, 1))
     return max(1, min(wanted, math.ceil(max_context / LEAST_KEYS), MOST_SPLITS))
-
-
-@cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _blocks(q: Tensor, rows: int) -> dict[str, int]:
@@ -409,5 +405,5 @@ def _build(arch: int, work: str, rows: int, page: int, splits: int, stored: str,
         num_warps=blocks["num_warps"],
         num_stages=blocks["num_stages"],
         kind=kind,
-        not_aligned=("stride_table", "heads"),
+        not_aligned=("TABLE", "CONTEXT", "STARTS", "stride_table", "heads"),
     )

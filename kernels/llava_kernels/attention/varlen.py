@@ -14,7 +14,7 @@ from llava_kernels.attention.reference import REFERENCE, SDPA
 from llava_kernels.attention.torch_varlen import TORCH_VARLEN
 from llava_kernels.attention.triton_varlen import TRITON
 from llava_kernels.attention.xformers import XFORMERS
-from llava_kernels.dispatch import chosen
+from llava_kernels.dispatch import chosen, constant_under_compile
 
 IMPLEMENTATIONS: dict[str, Backend] = {
     "reference": REFERENCE,
@@ -69,7 +69,7 @@ def varlen_attention(
     return IMPLEMENTATIONS[name].attend(q, k, v, lengths, cu_seqlens, causal)
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def choose(implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The name of the back end that runs.
 
