@@ -123,7 +123,7 @@ class TowerGraphs:
         """pixels: (N, 3, S, S) in page-locked host memory -> Z_v (N, tokens_per_image, C)."""
         size = next(size for size in self.sizes if size >= len(pixels))
         recorded, memory = self.record(size)
-        memory[: len(pixels)].copy_(pixels, non_blocking=True)
+        memory[: len(pixels)].copy_(pixels.to(memory.device, non_blocking=True))  # rounded on the device
         return recorded.replay()[: len(pixels)]
 
     def record(self, size: int) -> tuple[Recorded, Tensor]:

@@ -35,6 +35,11 @@ class StepInputs:
     fresh: bool
 
     @property
+    def draws(self) -> dict[str, np.ndarray]:
+        """The arrays that the sampler needs."""
+        return {name: self.arrays[name] for name in ("draw_rows", "draw_positions")}
+
+    @property
     def num_tokens(self) -> int:
         return len(self.arrays["input_ids"])
 

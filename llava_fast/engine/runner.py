@@ -104,7 +104,8 @@ class Runner:
                     self.sampler.admit(chunk.sequence)
             self._see([image for c in chunks for image in self._needed(c)])
             inputs = build(chunks, self.tables, self.config.block_size)
-            sent = upload(inputs.arrays, self.device)
+            recorded = self.decode_graphs is not None and inputs.decodes == len(inputs.chunks)
+            sent = upload(inputs.draws if recorded else inputs.arrays, self.device)
             logits, prompts = self._logits(inputs, sent)
             drawing = [c.sequence for c in inputs.chunks if c.draws]
             tokens, logprobs = sent["draw_rows"], None
@@ -220,12 +221,12 @@ class Runner:
             self.model.image_features(pixels)
             for sampling in (SamplingParams(), SamplingParams(temperature=1.0, top_k=5, top_p=0.9)):
                 self._answer_nothing(sampling)
+            for graphs in (self.decode_graphs, self.tower_graphs):
+                if graphs is not None:
+                    for size in reversed(graphs.sizes):  # the largest first: the others fit into its memory
+                        graphs.record(size)
             if self.stream is not None:
                 self.stream.synchronize()
-        for graphs in (self.decode_graphs, self.tower_graphs):
-            if graphs is not None:
-                for size in reversed(graphs.sizes):  # the largest first: the others fit into its memory
-                    graphs.record(size)
 
     def _answer_nothing(self, sampling: SamplingParams) -> None:
         """A prompt and three tokens after it, past the scheduler."""
