@@ -20,7 +20,7 @@ def deliver(sequence: Sequence, token: int, logprobs: Logprobs | None, row: int)
     """
     sampling = sequence.sampling
     answered = sequence.known - len(sequence.prompt.ids)
-    text, reason = "", None
+    text, stopped, reason = "", False, None
     if token in sequence.stop_ids and answered > sampling.min_tokens:
         reason = "stop"
     else:
@@ -29,7 +29,7 @@ def deliver(sequence: Sequence, token: int, logprobs: Logprobs | None, row: int)
             reason = "stop"
         elif answered == sequence.limit:
             reason = "length"
-    if reason:
+    if reason and not stopped:
         text += sequence.text.finish()
     scores: tuple[TokenLogprob, ...] = ()
     if sampling.logprobs is not None and logprobs is not None:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from threading import TIMEOUT_MAX, Event, Lock, RLock, Thread, current_thread
+from threading import TIMEOUT_MAX, Event, Lock, RLock, Thread, current_thread, main_thread
 from traceback import clear_frames
 
 import torch
@@ -108,9 +108,11 @@ class Engine:
                 self._runner.warm_up()
         self._thread: Thread | None = None
         if background:
-            reference = weakref.ref(self, lambda _: wake.set())
-            self._thread = Thread(target=_work, args=(reference, wake), name="llava_fast.Engine", daemon=True)
+            ended = Event()
+            work = weakref.ref(self), wake, ended
+            self._thread = Thread(target=_work, args=work, name="llava_fast.Engine", daemon=True)
             self._thread.start()
+            weakref.finalize(self, _halt, self._thread, wake, ended)
         log.info("engine ready: %s", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.startup.items()))
 
     # ---- the caller's side: any thread
@@ -433,12 +435,12 @@ class Engine:
         self.startup[name] = time.perf_counter() - start
 
 
-def _work(reference: weakref.ref[Engine], wake: Event) -> None:
+def _work(reference: weakref.ref[Engine], wake: Event, ended: Event) -> None:
     """The engine's thread. Between steps it holds no reference, so that an engine nobody keeps goes away."""
     while True:
         wake.clear()
         engine = reference()
-        if engine is None or engine._closed:
+        if engine is None or engine._closed or ended.is_set():
             return
         try:
             busy = engine.step()
@@ -448,6 +450,14 @@ def _work(reference: weakref.ref[Engine], wake: Event) -> None:
         del engine
         if not busy:
             wake.wait(seconds)
+
+
+def _halt(thread: Thread, wake: Event, ended: Event) -> None:
+    """When the engine goes away, or the program ends: a thread that is inside native code then would bring it down."""
+    ended.set()
+    wake.set()
+    if not main_thread().is_alive():
+        thread.join()
 
 
 def _stops_of(processor: Processor) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ class Handle:
         self._deltas: deque[Delta] = deque()
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._done = False
+        self._callbacks: list[Callable[[Handle], None]] = []
 
     @property
     def done(self) -> bool:
@@ -56,6 +57,15 @@ class Handle:
         """
         self._wait(lambda: self._done, timeout)
         return self._outcome()
+
+    def add_done_callback(self, act: Callable[[Handle], None]) -> None:
+        """Call ``act(handle)`` once nothing more will come, from the thread that ends it; at once where that has
+        happened. It should be short and must not raise."""
+        with self._changed:
+            if not self._done:
+                self._callbacks.append(act)
+                return
+        act(self)
 
     def __iter__(self) -> Iterator[Delta]:
         """The deltas of all answers as they come. Raises as :meth:`result` when the request fails."""
@@ -104,10 +114,11 @@ class Handle:
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError(f"request {self.request_id!r} is not done after {timeout} s; it goes on")
-                if self._drive is None:
+                drive = self._drive
+                if drive is None:
                     self._changed.wait(left)
                     continue
-            self._drive()
+            drive()
 
     async def _async_wait(self, ready: Callable[[], bool]) -> None:
         while True:
@@ -153,9 +164,12 @@ class Handle:
                 return False
             self._completion.error, self._completion.total_s = error, total_s
             self._done = True
-            self._cancel = _nothing  # the engine must not be kept by what it has finished
+            self._cancel, self._drive = _nothing, None  # the engine must not be kept by what it has finished
+            callbacks, self._callbacks = self._callbacks, []
             self._wake()
-            return True
+        for act in callbacks:
+            act(self)
+        return True
 
     def _wake(self) -> None:
         self._changed.notify_all()

@@ -62,8 +62,6 @@ class Preparer:
         for token in (*sampling.logit_bias, *sampling.stop_token_ids):
             if not 0 <= token < self._vocab_size:
                 raise InvalidRequestError(f"token id {token} is outside the model's vocabulary of {self._vocab_size}")
-        if request.timeout is not None and not request.timeout > 0:
-            raise InvalidRequestError(f"timeout={request.timeout} must be above 0 seconds")
         return encode(
             request,
             self._processor,

@@ -43,6 +43,8 @@ def encode(request: Request, processor: Processor, *, vocab_size: int, max_lengt
     """
     if (request.messages is None) == (request.token_ids is None):
         raise InvalidRequestError("a request needs messages or token_ids, and not both")
+    if request.messages is not None and len(request.images):
+        raise InvalidRequestError("images= belongs to token_ids; put the images into the messages, as parts of them")
     try:
         if request.messages is not None:
             _count_images(request, max_images)

@@ -131,6 +131,9 @@ class Request:
         cache_salt: requests share cached prefixes and image features only with those of the same salt, such as a
             tenant's name: what others sent cannot be guessed from how fast an answer comes.
         request_id: to recognise it by; made up when not given.
+
+    Raises:
+        InvalidRequestError: on construction, settings that are of another kind or outside their range.
     """
 
     messages: Sequence[dict[str, Any]] | None = None
@@ -141,6 +144,15 @@ class Request:
     timeout: float | None = None
     cache_salt: str = ""
     request_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling, SamplingParams):
+            raise InvalidRequestError(f"sampling={self.sampling!r:.80} must be SamplingParams")
+        if not isinstance(self.cache_salt, str):
+            raise InvalidRequestError(f"cache_salt={self.cache_salt!r:.80} must be a text")
+        _whole("priority", self.priority, -(1 << 63), (1 << 63) - 1)
+        if self.timeout is not None:
+            _within("timeout", self.timeout, 0.0, math.inf)
 
 
 @dataclass(frozen=True)

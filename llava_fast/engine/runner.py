@@ -204,6 +204,8 @@ class Runner:
             if first >= last:
                 continue
             places = [p for p in range(first, last) if not prompt.images_within(p, p + 1)]
+            if not places:
+                continue
             sent = upload({"rows": np.array(places) - 1 - chunk.start + row, "ids": sequence.ids[places]}, self.device)
             logits = self._head(hidden[sent["rows"]])
             scored.append((sequence, places, Logprobs.of(logits, sent["ids"], sequence.sampling.prompt_logprobs or 0)))

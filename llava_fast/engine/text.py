@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from llava_fast.processor import Tokenizer
 
-UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
-LONGEST_CHARACTER = 4  # bytes, each of which may be a token
+UNFINISHED = "\ufffd"  # what the bytes of half a character decode to, one each or one for all
+MOST_UNFINISHED = 3  # of them at the end: four bytes are a character
 
 
 class TextStream:
@@ -19,45 +19,36 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], include_stop: bool):
         self._tokenizer, self._stops, self._include = tokenizer, tuple(stops), include_stop
         self._ids: list[int] = []
-        self._decoded_from = 0  # decoding starts here: far enough back for what joins tokens, such as spaces
-        self._decoded_to = 0  # tokens whose text is in `_held` or was given out
+        self._from = 0  # decoding starts here: far enough back for what joins tokens, such as spaces
+        self._whole = 0  # the text up to this token ends with a whole character
+        self._taken = 0  # characters of the text from `_from` on that are in `_held` or were given out
         self._held = ""
 
     def push(self, token: int, may_stop: bool = True) -> tuple[str, bool]:
         """One token more. Returns the text that is certain now, and whether a stop text was found."""
         self._ids.append(token)
-        decode = self._tokenizer.decode
-        before = decode(self._ids[self._decoded_from : self._decoded_to])
-        now = decode(self._ids[self._decoded_from :])
-        if now.endswith(UNFINISHED) and len(self._ids) - self._decoded_to < LONGEST_CHARACTER:
-            return "", False
-        if len(now) > len(before):
-            self._held += now[len(before) :]
-            self._decoded_from, self._decoded_to = self._decoded_to, len(self._ids)
+        now = self._tokenizer.decode(self._ids[self._from :])
+        certain = len(now)
+        while certain and len(now) - certain < MOST_UNFINISHED and now[certain - 1] == UNFINISHED:
+            certain -= 1
+        grew = certain > self._taken
+        self._held += now[self._taken : certain]
+        self._taken = max(self._taken, certain)
+        if grew and certain == len(now):
+            self._from, self._whole = self._whole, len(self._ids)
+            self._taken = len(self._tokenizer.decode(self._ids[self._from :]))
         return self._take(may_stop)
 
-    def drop(self) -> None:
-        """Nothing of what was held back belongs to the answer."""
-        self._held, self._decoded_from, self._decoded_to = "", len(self._ids), len(self._ids)
-
     def finish(self) -> str:
-        """What was held back, once no more tokens come."""
-        before = self._tokenizer.decode(self._ids[self._decoded_from : self._decoded_to])
-        rest = self._held + self._tokenizer.decode(self._ids[self._decoded_from :])[len(before) :]
-        self.drop()
-        return rest
+        """What was held back, once no more tokens come and no stop text was found."""
+        return self._held + self._tokenizer.decode(self._ids[self._from :])[self._taken :]
 
     def _take(self, may_stop: bool) -> tuple[str, bool]:
-        if not self._stops or not may_stop:
-            text, self._held = self._held, ""
-            return text, False
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0] if may_stop else []
         if found:
             at, stop = min(found, key=lambda pair: pair[0])
-            text = self._held[: at + len(stop) * self._include]
-            self._held = ""
-            return text, True
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
+            return self._held[: at + len(stop) * self._include], True
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text, False
 
