@@ -8,9 +8,15 @@ contents do not matter, while Triton takes the card for present and is stopped b
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +58,38 @@ LLAVA_7B = Sizes(hidden=4096, inner=11008, heads=32, kv_heads=32)
 LLAVA_13B = Sizes(hidden=5120, inner=13824, heads=40, kv_heads=40)
 
 
+def fill(folder: Path, archs: Sequence[int], only: str = "", workers: int = 1) -> tuple[int, list[str]]:
+    """Compile what LLaVA-1.5 7B and 13B launch while they answer into Triton's cache in ``folder``.
+
+    A process finds it there that runs with TRITON_CACHE_DIR=folder, the same release of Triton and the same sources.
+    Triton notes absolute paths: a folder that was moved is of no use. What Triton itself has built by the system's C
+    compiler at its first launch, and Triton 3.6 at each kernel's, is not in it.
+
+    Args:
+        folder: made if it is not there. What it holds already is kept, and not compiled again.
+        archs: 80, 90.
+        only: kernels whose function's name matches this regular expression.
+        workers: processes that compile.
+
+    Returns:
+        How many kernels it holds for these launches, and what is to be said of those that do not compile.
+    """
+    # Spawned, not forked: torch has threads by now.
+    with ProcessPoolExecutor(workers, get_context("spawn"), _compile_into, (str(folder.resolve()),)) as pool:
+        jobs = [
+            (one, arch)
+            for arch in archs
+            for one in dict.fromkeys(chain.from_iterable(pool.map(wanted, repeat(arch), (LLAVA_7B, LLAVA_13B))))
+            if re.search(only, one[1])
+        ]
+        failures = [words for words in pool.map(compile_wanted, *zip(*jobs, strict=True)) if words] if jobs else []
+    return len(jobs) - len(failures), failures
+
+
+def _compile_into(folder: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = folder
+
+
 def wanted(arch: int, sizes: Sizes) -> list[Wanted]:
     """All that answering takes: decoding any number of sequences, prompts whole or from 512 tokens a chunk, images,
     drawing with and without top-k and top-p. Quantized weights, penalties and training are not among it."""
@@ -84,7 +122,7 @@ def compile_wanted(one: Wanted, arch: int) -> str | None:
 @contextmanager
 def on_card(arch: int) -> Iterator[None]:
     """Within the block, launchers and Triton take a card of this architecture for present; none can be launched on."""
-    before = driver._active
+    before = driver._active  # driver.active would look for a card
     driver.set_active(Card(arch))
     try:
         with assume(arch):

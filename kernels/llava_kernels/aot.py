@@ -3,6 +3,7 @@
 python -m llava_kernels.aot --report                 registers, spills, shared memory and instruction counts
 python -m llava_kernels.aot --json compiled.json     the same as a list, for programs
 python -m llava_kernels.aot --out build/cubins       the cubins, and C source that embeds them (embed.py)
+python -m llava_kernels.aot --cache DIR              Triton's cache, for engines to start without compiling (ahead.py)
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import triton
+
 import llava_kernels
+from llava_kernels.ahead import fill
 from llava_kernels.build import ARCHS, Build, Compiled, compile_for
 from llava_kernels.embed import c_source
 
@@ -33,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="print the table (done also when nothing else is asked)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the table as a JSON list")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the cubins, and kernels.c that embeds them")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="compile what LLaVA-1.5 7B and 13B launch while they answer into Triton's cache in DIR; set "
+        "TRITON_CACHE_DIR=DIR where they run, and leave DIR where it is",
+    )
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS, help="default: all")
     parser.add_argument("--only", default="", metavar="PATTERN", help="kernels whose name matches this expression")
     options = parser.parse_args(arguments)
@@ -40,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Under the interpreter @triton.jit makes functions that the compiler cannot read.
         parser.error("TRITON_INTERPRET is set; unset it, because interpreted kernels cannot be compiled")
     try:
+        if options.cache:
+            fill_cache(options.cache, options.arch, options.only)
+            if not (options.report or options.json or options.out):
+                return 0
         compiled = compile_all(options.arch, options.only)
     except CompileError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,6 +107,20 @@ def compile_all(archs: Sequence[int] = ARCHS, only: str = "") -> list[Compiled]:
     if failures := [result for result in results if isinstance(result, str)]:
         raise CompileError("\n".join(failures))
     return [result for result in results if isinstance(result, Compiled)]
+
+
+def fill_cache(folder: Path, archs: Sequence[int], only: str) -> None:
+    """ahead.fill, and a line that says what it did.
+
+    Raises:
+        CompileError: no name matches, or kernels do not compile.
+    """
+    count, failures = fill(folder, archs, only, WORKERS)
+    if failures or not count:
+        raise CompileError("\n".join(failures) or f"no kernel's name matches {only!r}")
+    print(
+        f"{count} kernels for {', '.join(f'sm_{arch}' for arch in archs)} are in {folder}; Triton {triton.__version__}"
+    )
 
 
 def compile_one(name: str, arch: int) -> Compiled | str:

@@ -217,7 +217,7 @@ def test_a_prompt_with_nothing_before_it_is_varlen_attention(device):
 )
 def test_splits_come_from_what_the_host_knows(sequences, max_query, max_context, splits, monkeypatch):
     """An H200 has 132 multiprocessors; 32 heads."""
-    monkeypatch.setattr(paged, "processors", lambda device: 132)
+    monkeypatch.setattr(paged, "processors_of", lambda device: 132)
     q = torch.empty(sequences * max_query, 32, 128, dtype=torch.bfloat16)
     assert paged._splits(q, 32, sequences, max_query, max_context) == splits
 

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from llava_kernels.tiles import TABLE, blocks_for, blocks_on
+from llava_kernels.tiles import TABLE, assume, blocks_for, blocks_on, processors_of
 from llava_kernels.tune import OutOfResources, main, time_each
 
 TUNED = ("project_splice", "rms_norm", "swiglu")
@@ -26,6 +26,15 @@ def test_rows_lie_in_rising_order_and_the_first_that_fits_is_taken(op, arch):
 def test_callers_cannot_change_the_table():
     blocks_for("swiglu", torch.device("cpu"), 100)["BLOCK"] = 7
     assert blocks_for("swiglu", torch.device("cpu"), 100)["BLOCK"] != 7
+
+
+def test_a_card_that_is_not_there():
+    cpu = torch.device("cpu")
+    for arch, processors in ((80, 108), (90, 132)):
+        with assume(arch):
+            assert blocks_for("linear_gelu", cpu, 576) == blocks_on("linear_gelu", arch, 576)
+            assert processors_of(cpu) == processors
+    assert processors_of(cpu) == 1
 
 
 @pytest.mark.parametrize("op", TUNED)
