@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from llava_fast.datagen.__main__ import main as datagen
+from llava_fast.evaluate.__main__ import main as evaluate
 from llava_fast.generate.__main__ import main as generate
 from llava_fast.train.__main__ import main as train
 
-COMMANDS = {"train": train, "generate": generate}
+COMMANDS = {"train": train, "generate": generate, "datagen": datagen, "evaluate": evaluate}
 
 
 def main() -> int:
