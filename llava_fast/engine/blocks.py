@@ -86,6 +86,7 @@ class BlockPool:
         return self._last_number
 
     def forget(self) -> None:
-        """Make every cached block unfindable."""
+        """Make every cached block unfindable. The first blocks are given out first again, in one piece."""
+        self._idle = OrderedDict.fromkeys(sorted(self._idle))
         self._published.clear()
         self._found_by = [None] * self.num_blocks
