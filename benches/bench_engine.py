@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 import llava_fast as lf
 from llava_fast.checkpoint import save_model
 from llava_fast.config import TextConfig, VisionConfig
-from llava_fast.processor import ImageProcessor, Tokenizer
+from llava_fast.processor import Tokenizer
 
 TOKENIZER = Path(lf.__file__).parent / "train" / "tiny" / "decoder"
 SHAPES = {
@@ -92,14 +92,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     save_model(model, folder)
     theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-    processor = lf.Processor(
-        Tokenizer.load(TOKENIZER),
-        ImageProcessor(config.vision.image_size),
-        template="v1",
-        image_token_id=config.image_token_id,
-        tokens_per_image=config.tokens_per_image,
-        max_length=config.text.max_position_embeddings,
-    )
+    processor = lf.Processor.from_config(config, Tokenizer.load(TOKENIZER))
     made = Pair(request.param, model, theirs, processor)
     check(made)
     return made

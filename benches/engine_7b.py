@@ -29,7 +29,7 @@ import llava_fast as lf
 from benches.ceiling import copy_ceiling
 from llava_fast.engine.config import EngineConfig
 from llava_fast.model.quantized import quantize
-from llava_fast.processor import ImageProcessor, Processor, Tokenizer
+from llava_fast.processor import Processor, Tokenizer
 
 TOKENIZER = Path(lf.__file__).parent / "train" / "tiny" / "decoder"
 WORDS = 64  # text tokens of a prompt, besides one picture
@@ -48,14 +48,7 @@ class Bench:
         self.model = lf.Llava(config, device=device, dtype=dtype, seed=0).requires_grad_(False)
         if kind != "none":
             quantize(self.model, kind)
-        self.processor = Processor(
-            Tokenizer.load(TOKENIZER),
-            ImageProcessor(config.vision.image_size),
-            template="v1",
-            image_token_id=config.image_token_id,
-            tokens_per_image=config.tokens_per_image,
-            max_length=config.text.max_position_embeddings,
-        )
+        self.processor = Processor.from_config(config, Tokenizer.load(TOKENIZER))
 
     def engine(self, *, background: bool = False, **config: Any) -> lf.Engine:
         return lf.Engine(self.model, self.processor, EngineConfig(**config), background=background)

@@ -11,7 +11,6 @@ asked, so that a run that was killed asks only what it has no reply to.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import random
@@ -22,6 +21,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
+from llava_fast.appended import cut_half_line, open_locked
 from llava_fast.errors import ConfigError, LlavaError
 
 Message = dict[str, Any]
@@ -106,12 +106,7 @@ class ReplyFile:
         self.path = Path(path)
         self._places: dict[str, int] = {}  # key -> offset of its line
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab+", buffering=0)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the process ends, by a kill too
-        except BlockingIOError:
-            self._file.close()
-            raise ConfigError(f"another process is writing {path}; wait for it, or choose another folder") from None
+            self._file = open_locked(self.path, "choose another folder", buffering=0)
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; choose a place that can be written") from error
         self._take_up()
@@ -144,12 +139,10 @@ class ReplyFile:
         self._file.close()
 
     def _take_up(self) -> None:
-        self._file.seek(0)
+        cut_half_line(self._file)
         at = 0
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    break
                 try:
                     self._places[json.loads(line)["key"]] = at
                 except (ValueError, TypeError, KeyError):
@@ -159,7 +152,6 @@ class ReplyFile:
                         "again, or choose another folder"
                     ) from None
                 at += len(line)
-        os.ftruncate(self._file.fileno(), at)
 
 
 class OpenAITeacher:

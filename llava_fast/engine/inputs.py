@@ -35,6 +35,10 @@ class StepInputs:
     fresh: bool
 
     @property
+    def only_decodes(self) -> bool:
+        return self.decodes == len(self.chunks)
+
+    @property
     def draws(self) -> dict[str, np.ndarray]:
         """The arrays that the sampler needs."""
         return {name: self.arrays[name] for name in ("draw_rows", "draw_positions")}

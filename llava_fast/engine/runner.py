@@ -104,7 +104,7 @@ class Runner:
                     self.sampler.admit(chunk.sequence)
             self._see([image for c in chunks for image in self._needed(c)])
             inputs = build(chunks, self.tables, self.config.block_size)
-            recorded = self.decode_graphs is not None and inputs.decodes == len(inputs.chunks)
+            recorded = self.decode_graphs is not None and inputs.only_decodes
             sent = upload(inputs.draws if recorded else inputs.arrays, self.device)
             logits, prompts = self._logits(inputs, sent)
             drawing = [c.sequence for c in inputs.chunks if c.draws]
@@ -123,10 +123,10 @@ class Runner:
 
     def _logits(self, inputs: StepInputs, sent: dict[str, Tensor]) -> tuple[Tensor | None, list[PromptScores]]:
         """(n, V) logits of the sequences that draw a token, None where none does, and what prompts are scored with."""
-        if self.decode_graphs is not None and inputs.decodes == len(inputs.chunks):
+        if self.decode_graphs is not None and inputs.only_decodes:
             return self.decode_graphs.logits(inputs), []
         hidden = self._hidden(inputs, sent)
-        if inputs.decodes == len(inputs.chunks):
+        if inputs.only_decodes:
             return self._head(hidden), []
         logits = self._head(hidden[sent["logit_rows"]]) if len(sent["logit_rows"]) else None
         return logits, self._score_prompts(inputs, hidden)
@@ -138,14 +138,14 @@ class Runner:
         """(T, D) before the final norm."""
         decoder, decodes = self.model.decoder, inputs.decodes
         ids = sent["input_ids"]
-        if decodes == len(inputs.chunks):
+        if inputs.only_decodes:
             ids = self.sampler.last[sent["rows"]]
         elif decodes:
             ids[:decodes] = self.sampler.last[sent["rows"][:decodes]]
         embedded = self._splice(inputs, sent) if inputs.images else F.embedding(ids, decoder.embed_tokens)
         if self.host_decoder is not None and not use_triton(embedded):
             return self.host_decoder(embedded, inputs)
-        if inputs.decodes == len(inputs.chunks):
+        if inputs.only_decodes:
             attend = attention.decoding(self.cache, sent, inputs.max_context)
         else:
             attend = attention.mixed(self.cache, inputs, sent, self.model.attention)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +122,48 @@ async def _run(
     finally:
         for task in under_way:
             task.cancel()
+
+
+def ask_and_keep(
+    args: argparse.Namespace,
+    teacher: Teacher,
+    questions: Sequence[Question],
+    name: str,
+    same: dict[str, Any],
+    stop: threading.Event,
+) -> dict[str, Row]:
+    """Every question answered, through a journal in the folder of the run.
+
+    Args:
+        args: with the options of :mod:`~llava_fast.evaluate.teacher_options`, ``out`` and ``overwrite``.
+        name: of the journal's file.
+        same: what the answers depend on besides those options.
+
+    Returns:
+        The journal's row of each question, by its key.
+
+    Raises:
+        ConfigError: some questions have no answer.
+    """
+    same = {
+        **same,
+        "url": args.teacher_url,
+        "temperature": args.teacher_temperature,
+        "max_tokens": args.teacher_max_tokens,
+    }
+    with Journal(args.out / name, same, overwrite=args.overwrite) as journal:
+        faults = ask_all(
+            teacher,
+            questions,
+            journal,
+            max_tokens=args.teacher_max_tokens,
+            temperature=args.teacher_temperature,
+            at_once=args.at_once,
+            stop=stop,
+            label=name.removesuffix(".jsonl"),
+        )
+        check_answered(faults, journal)
+        return {question.key: journal.rows[question.key] for question in questions}
 
 
 def check_answered(faults: list[str], journal: Journal) -> None:

@@ -1,21 +1,20 @@
 """Journal: what was asked and answered, one JSON object a line, so that no answer is asked for, or paid for, twice.
 
-Lines are only ever appended, and a line that a kill left half-written is cut off at the next start. Beside
-``reviews.jsonl`` lies ``reviews.jsonl.run.json``: what the lines depend on (questions, prompts, judge). A run in which
-any of that is different does not go on with the file.
+Lines are only ever appended, and are tied to questions, prompts and judge; see :mod:`llava_fast.appended`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 from typing import Any
 
+from llava_fast.appended import cut_half_line, open_locked, tie_to_run
 from llava_fast.errors import ConfigError
-from llava_fast.evaluate.files import Row, write_whole
+from llava_fast.evaluate.files import Row
 
 KEY = "key"
+_ANOTHER = "choose another --out"
 
 
 class Journal:
@@ -36,18 +35,12 @@ class Journal:
     def __init__(self, path: Path, run: dict[str, Any], *, overwrite: bool = False):
         self.path = path
         self.rows: dict[str, Row] = {}
-        sidecar = path.with_name(path.name + ".run.json")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab+")
-            self._lock()
+            self._file = open_locked(path, _ANOTHER)
             if overwrite:
                 self._file.truncate(0)
-            if path.stat().st_size:
-                _check_same(sidecar, run, path)
+            if tie_to_run(path, run, f"{_ANOTHER}, or add --overwrite to delete what it holds"):
                 self._take_up()
-            else:
-                write_whole(sidecar, json.dumps(run, indent=1, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; choose an --out that can be written") from error
 
@@ -70,20 +63,10 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the file is closed, by a kill too
-        except OSError as error:
-            self._file.close()
-            raise ConfigError(f"another process writes {self.path}; wait for it, or choose another --out") from error
-
     def _take_up(self) -> None:
+        cut_half_line(self._file)
         self._file.seek(0)
-        whole = 0
         for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
             try:
                 row = json.loads(line)
                 self.rows[row[KEY]] = row
@@ -91,16 +74,3 @@ class Journal:
                 raise ConfigError(
                     f"line {number} of {self.path} is damaged: {line[:60]!r}; delete that line to have it asked again"
                 ) from None
-        self._file.truncate(whole)
-
-
-def _check_same(sidecar: Path, run: dict[str, Any], path: Path) -> None:
-    cure = "give the same again, choose another --out, or add --overwrite to delete what it holds"
-    try:
-        before = json.loads(sidecar.read_bytes())
-        names = [name for name in {**before, **run} if before.get(name) != run.get(name)]
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise ConfigError(f"{path} is not empty, and no {sidecar.name} says which run wrote it; {cure}") from None
-    if names:
-        changes = "; ".join(f"{name}: {before.get(name)!r:.60} then, {run.get(name)!r:.60} now" for name in names)
-        raise ConfigError(f"{path} holds lines of another run ({changes}); {cure}")

@@ -15,10 +15,9 @@ from typing import Any
 from llava_fast.errors import ConfigError
 from llava_fast.evaluate import relative
 from llava_fast.evaluate.answering import add_model_options, answer_rows, digest_of_texts, setup_from, subject_of
-from llava_fast.evaluate.asking import ask_all, check_answered
+from llava_fast.evaluate.asking import ask_and_keep
 from llava_fast.evaluate.bench import FILES, SETS, Item, read_bench, scenes_bench
 from llava_fast.evaluate.files import Row, check_writable, digest_of, read_rows, write_object, write_whole
-from llava_fast.evaluate.journal import Journal
 from llava_fast.evaluate.judge import RuleJudge, judge_questions, judge_texts
 from llava_fast.evaluate.page import write_page
 from llava_fast.evaluate.plots import draw_relative
@@ -211,24 +210,10 @@ def reviews_of(
     one_run = judge_questions(items, answers, texts, runs=1, both_orders=False)  # more runs may be added later
     same = {
         "judge": args.teacher_model or RULE,
-        "url": args.teacher_url,
-        "temperature": args.teacher_temperature,
-        "max_tokens": args.teacher_max_tokens,
         "asked": digest_of_texts({question.key: repr(question.messages) for question in one_run}),
     }
-    with Journal(args.out / "reviews.jsonl", same, overwrite=args.overwrite) as journal:
-        faults = ask_all(
-            teacher,
-            questions,
-            journal,
-            max_tokens=args.teacher_max_tokens,
-            temperature=args.teacher_temperature,
-            at_once=args.at_once,
-            stop=stop,
-            label="judge",
-        )
-        check_answered(faults, journal)
-        return [review_of(journal.rows[question.key]) for question in questions]
+    rows = ask_and_keep(args, teacher, questions, "reviews.jsonl", same, stop)
+    return [review_of(rows[question.key]) for question in questions]
 
 
 # ---- what comes out

@@ -24,11 +24,10 @@ from llava_fast.evaluate.answering import (
     subject_of,
     with_sampling,
 )
-from llava_fast.evaluate.asking import Question, ask_all, check_answered
+from llava_fast.evaluate.asking import Question, ask_and_keep
 from llava_fast.evaluate.choices import FALLBACKS
 from llava_fast.evaluate.columns import PAPER, columns_of, score, table
 from llava_fast.evaluate.files import check_writable, digest_of, read_object, write_object, write_whole
-from llava_fast.evaluate.journal import Journal
 from llava_fast.evaluate.predictions import Chosen, Predictions, choose, read_predictions, stored
 from llava_fast.evaluate.results import Item, result
 from llava_fast.evaluate.scienceqa_prompts import STYLES, examples, joined, rows_of, second_row
@@ -345,27 +344,12 @@ def asked(
     """The teacher's answers by id of the problem, through a journal in the folder of the run."""
     same = {
         "texts": digest_of_texts(dict(enumerate_texts(depends))),
-        "url": args.teacher_url,
         "model": args.teacher_model,
-        "temperature": args.teacher_temperature,
-        "max_tokens": args.teacher_max_tokens,
         "problems": digest_of(args.problems),
     }
     teacher = teacher_of(args, "teacher")
     assert teacher is not None
-    with Journal(args.out / name, same, overwrite=args.overwrite) as journal:
-        faults = ask_all(
-            teacher,
-            questions,
-            journal,
-            max_tokens=args.teacher_max_tokens,
-            temperature=args.teacher_temperature,
-            at_once=args.at_once,
-            stop=stop,
-            label=name.removesuffix(".jsonl"),
-        )
-        check_answered(faults, journal)
-        return {question.key: journal.rows[question.key]["content"] for question in questions}
+    return {key: row["content"] for key, row in ask_and_keep(args, teacher, questions, name, same, stop).items()}
 
 
 def enumerate_texts(texts: list[str]) -> list[tuple[str, str]]:

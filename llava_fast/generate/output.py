@@ -1,25 +1,23 @@
 """Output: the file of answers, one line an answer, in the order in which they were finished.
 
-Lines are only ever appended, so whatever stops the run, what was written stands; a line that a kill left half-written
-is cut off at the next start. Beside ``answers.jsonl`` lies ``answers.jsonl.run.json``: what the answers depend on
-(input, model, settings). A run in which any of that is different does not go on with the file.
+Lines are only ever appended, and are tied to input, model and settings; see :mod:`llava_fast.appended`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from llava_fast.appended import cut_half_line, open_locked, tie_to_run
 from llava_fast.errors import ConfigError
 from llava_fast.generate.answers import Answer, to_json
 
-_FORMAT = 1
-_CURE = "choose another --output, or add --overwrite to delete what it holds"
+_ANOTHER = "choose another --output"
+_CURE = f"{_ANOTHER}, or add --overwrite to delete what it holds"
 
 
 class Output:
@@ -43,17 +41,12 @@ class Output:
         self.path = path
         self.answered = self.errors = 0
         self._done = bytearray(lines + 1)  # by number of the line
-        sidecar = path.with_name(path.name + ".run.json")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _open_locked(path, "ab+")
+            self._file = open_locked(path, _ANOTHER)
             if overwrite:
                 self._file.truncate(0)
-            if os.fstat(self._file.fileno()).st_size:
-                _check_same(sidecar, run, path)
+            if tie_to_run(path, run, _CURE):
                 self._take_up(retry)
-            else:
-                _write_json(sidecar, {"format": _FORMAT, **run})
         except OSError as error:
             raise ConfigError(f"--output {path}: {error.strerror}; choose one that can be written") from error
 
@@ -78,24 +71,11 @@ class Output:
         self.answered += answer["error"] is None
 
     def _take_up(self, retry: bool) -> None:
-        self._cut_half_line()
+        cut_half_line(self._file)
         if retry:
             self._drop_errors()
         for answer in self._answers():
             self._count(answer)
-
-    def _cut_half_line(self) -> None:
-        size = end = os.fstat(self._file.fileno()).st_size
-        while end:
-            start = max(0, end - (1 << 16))
-            self._file.seek(start)
-            found = self._file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                end = start + found + 1
-                break
-            end = start
-        if end < size:
-            self._file.truncate(end)
 
     def _answers(self) -> Iterator[Answer]:
         self._file.seek(0)
@@ -114,7 +94,7 @@ class Output:
 
     def _drop_errors(self) -> None:
         part = self.path.with_name(self.path.name + ".part")
-        kept = _open_locked(part, "ab+")  # locked before it takes the name
+        kept = open_locked(part, _ANOTHER)  # locked before it takes the name
         kept.truncate(0)
         for answer in self._answers():
             if answer["error"] is None:
@@ -124,32 +104,3 @@ class Output:
         part.replace(self.path)
         self._file.close()
         self._file = kept
-
-
-def _open_locked(path: Path, mode: str) -> BinaryIO:
-    file: Any = path.open(mode)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the file is closed, by a kill too
-    except OSError as error:
-        file.close()
-        raise ConfigError(f"another process is writing {path}; wait for it, or choose another --output") from error
-    return file
-
-
-def _check_same(sidecar: Path, run: dict[str, Any], path: Path) -> None:
-    try:
-        before = json.loads(sidecar.read_bytes())
-        before.pop("format")
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise ConfigError(f"{path} is not empty, and no {sidecar.name} says which run wrote it; {_CURE}") from None
-    now = json.loads(json.dumps(run))
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if names:
-        changes = "; ".join(f"{name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in names)
-        raise ConfigError(f"{path} holds answers of another run ({changes}); give the same again, {_CURE}")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
