@@ -176,7 +176,7 @@ def beside_of(args: argparse.Namespace) -> dict[str, Answerer]:
     Raises:
         ConfigError: an entry that is no NAME=FOLDER, or a folder without answers.
     """
-    found = {}
+    found: dict[str, Answerer] = {}
     for entry in args.beside:
         name, sign, folder = entry.partition("=")
         if not (name and sign and folder) or name in (args.name, *found):
