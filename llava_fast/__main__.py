@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
-from llava_fast.datagen.__main__ import main as datagen
-from llava_fast.evaluate.__main__ import main as evaluate
-from llava_fast.generate.__main__ import main as generate
-from llava_fast.round_trip import main as round_trip
-from llava_fast.train.__main__ import main as train
-
-COMMANDS = {"train": train, "generate": generate, "datagen": datagen, "evaluate": evaluate, "round-trip": round_trip}
+COMMANDS = {  # imported when asked for: one command's packages are not needed by another
+    "train": "llava_fast.train.__main__",
+    "generate": "llava_fast.generate.__main__",
+    "chat": "llava_fast.chat.__main__",
+    "datagen": "llava_fast.datagen.__main__",
+    "evaluate": "llava_fast.evaluate.__main__",
+    "round-trip": "llava_fast.round_trip",
+}
 
 
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         print(f"usage: llava-fast {{{','.join(COMMANDS)}}} ...\n       llava-fast COMMAND --help", file=sys.stderr)
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
-    return COMMANDS[sys.argv[1]](sys.argv[2:])
+    return import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:])
 
 
 if __name__ == "__main__":

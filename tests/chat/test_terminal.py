@@ -1,0 +1,185 @@
+"""The chat in a real pseudo-terminal, and behind a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pexpect
+import pytest
+import torch
+
+import llava_fast as lf
+from llava_fast.pretrained import built_in
+
+COLOR, COUNT, DETAIL = (
+    "What color is the {}?",
+    "How many shapes are there?",
+    "Describe the picture with all its details.",
+)
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+ENVIRONMENT["PROMPT_TOOLKIT_NO_CPR"] = "1"  # nobody answers where the cursor is
+READY = "Ctrl-D leaves"
+
+
+class Terminal:
+    """A chat that is typed into. ``seen`` is what stands on the screen, without escape sequences."""
+
+    def __init__(self, *arguments, columns=200, **environment):
+        command = ["-m", "llava_fast.chat", "--temperature", "0", *map(str, arguments)]
+        self.child = pexpect.spawn(
+            sys.executable, command, env={**ENVIRONMENT, **environment}, encoding="utf-8", timeout=40,
+            dimensions=(24, columns),
+        )  # fmt: skip
+        self.wait(READY)
+
+    def wait(self, text):
+        """Up to ``text``, which must come; returns what stood before it."""
+        self.child.expect(re.escape(text))
+        return ESCAPES.sub("", self.child.before)
+
+    def prompt(self):
+        self.wait("> ")
+
+    def ask(self, question):
+        """The answer, in one line."""
+        self.child.send(question + "\r")
+        self.child.expect(r"first token")
+        shown = ESCAPES.sub("", self.child.before).split("\n")
+        self.wait("of 1,024")
+        return " ".join(line.strip() for line in shown if line.strip()).rpartition(question)[2].strip()
+
+    def command(self, line, answer):
+        self.child.send(line + "\r")
+        return self.wait(answer)
+
+    def leave(self):
+        for _ in range(40):  # Ctrl-D means nothing before the prompt is there
+            self.child.sendeof()
+            if self.child.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=1) == 0:
+                break
+        self.child.close()
+        return self.child.exitstatus
+
+
+@pytest.fixture
+def chat(tmp_path):
+    made = []
+
+    def start(*arguments, **more):
+        made.append(Terminal("--history", tmp_path / "history", *arguments, **more))
+        return made[-1]
+
+    yield start
+    for terminal in made:
+        terminal.child.close(force=True)
+
+
+def test_a_conversation(chat, picture, greedy, tmp_path):
+    """A picture, two turns, another try, the conversation saved, forgotten, and a last question in the history."""
+    terminal = chat("--image", picture)
+    expected = greedy([COUNT, DETAIL])
+    assert terminal.ask(COUNT) == expected[0]
+    assert terminal.ask(DETAIL) == expected[1]
+    terminal.child.send("/retry\r")
+    assert " ".join(terminal.wait("first token").split()).endswith(expected[1])
+    saved = tmp_path / "talk.json"
+    terminal.command(f"/save {saved}", "saved")
+    sample = json.loads(saved.read_text())[0]
+    assert sample["image"] == str(picture)
+    assert [turn["value"] for turn in sample["conversations"]] == [
+        f"<image>\n{COUNT}",
+        expected[0],
+        DETAIL,
+        expected[1],
+    ]
+    terminal.command(f"/save {saved}", "saved")  # its own file may be written again
+    terminal.command(f"/save {picture}", "is there already")
+    terminal.command("/reset", "forgotten")
+    terminal.command("/retry", "there is no answer to try again")
+    terminal.command(f"/image {picture}", "goes with your next question")
+    assert terminal.ask(COUNT) == expected[0]
+    assert terminal.leave() == 0
+    again = chat()
+    again.child.send("\x1b[A")  # the last entry of the history
+    again.wait(COUNT)
+    assert again.leave() == 0
+
+
+@pytest.fixture
+def rambling(tmp_path):
+    """The built-in model with an end of text that is never the likeliest token: its answers fill the context."""
+    model, processor = lf.load(built_in(), dtype=torch.float32)
+    with torch.no_grad():
+        model.decoder.lm_head.weight[processor.tokenizer.eos_id] = 0
+    lf.save(model, processor, tmp_path / "rambling")
+    return tmp_path / "rambling"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(chat, picture, rambling):
+    terminal = chat(rambling, "--image", picture, "--max-tokens", 2000, "--quiet")
+    terminal.child.send(COUNT + "\r")
+    terminal.wait("shapes are there?")
+    terminal.child.expect("[Tt]here (are|is)")
+    terminal.child.sendintr()
+    terminal.wait("stopped; what was said is kept")
+    terminal.prompt()
+    terminal.child.send("half a question")
+    terminal.child.sendintr()
+    terminal.wait("Ctrl-D or /quit leaves")
+    terminal.command("/reset", "forgotten")
+    assert terminal.child.isalive() and terminal.leave() == 0
+
+
+def test_what_goes_wrong_is_one_line_and_the_chat_goes_on(chat, picture, greedy, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
+    terminal = chat()
+    terminal.command("/image nowhere.png", "error: ")
+    terminal.command(f"/image {tmp_path / 'bad.png'}", "error: ")
+    terminal.command("/nonsense", "there is no command /nonsense; /help names them all")
+    terminal.command(f"'{picture}'", "goes with your next question")  # dropped onto the terminal
+    assert terminal.ask(COUNT) == greedy([COUNT])[0]
+    terminal.child.send("long " * 3000 + "\r")
+    terminal.wait("/reset begins a new conversation")
+    assert terminal.ask(COUNT) == greedy([COUNT, COUNT])[1]  # nothing was dropped
+    assert terminal.leave() == 0
+
+
+def test_without_line_editing(chat, picture, greedy, tmp_path):
+    """prompt_toolkit is an extra: without it the chat says so, and works."""
+    (tmp_path / "prompt_toolkit.py").write_text("raise ImportError('not here')")
+    terminal = chat("--image", picture, PYTHONPATH=str(tmp_path))
+    assert terminal.ask(COUNT) == greedy([COUNT])[0]
+    assert terminal.leave() == 0
+
+
+def piped(lines, *arguments):
+    command = [sys.executable, "-m", "llava_fast.chat", "--temperature", "0", *map(str, arguments)]
+    text = "".join(line + "\n" for line in lines)
+    return subprocess.run(command, input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+
+def test_behind_a_pipe_answers_alone_are_written(picture, greedy):
+    done = piped([f"/image {picture}", COUNT, DETAIL])
+    assert (done.returncode, done.stdout.splitlines()) == (0, greedy([COUNT, DETAIL]))
+    assert done.stderr.startswith("the built-in tiny model") and len(done.stderr.splitlines()) == 1
+    bad = piped(["/image nowhere.png", COUNT])
+    assert bad.returncode == 1 and "nowhere.png" in bad.stderr and len(bad.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "'nowhere' is no directory"),
+        (["--device", "cuda:99"], "torch sees"),
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--image", "nowhere.png"], "nowhere.png"),
+    ],
+)
+def test_errors_before_work(arguments, message):
+    done = piped([], *arguments)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
