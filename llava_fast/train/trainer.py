@@ -87,6 +87,7 @@ class Trainer:
     def prepare(self) -> None:
         """Freeze, measure, plan, and take up the newest checkpoint."""
         freeze(self.model, self.recipe.stage)
+        self.adapters = sum(p.numel() for name, p in trained(self.model) if ".lora_" in name)
         self.model.decoder.checkpoint_activations = self.recipe.activation_checkpointing
         self.out.mkdir(parents=True, exist_ok=True)
         lengths, bad = measure(self.samples, self.processor, self.options, self.workers)
@@ -209,7 +210,7 @@ class Trainer:
             part = self.model.loss(batch, denominator=supervised)
             part.backward()
             loss += part.detach()
-            flops += step_flops(self.model.config, batch, train_decoder=self.recipe.stage == 2)
+            flops += step_flops(self.model.config, batch, self.recipe.stage == 2 and not self.adapters, self.adapters)
         factor = cosine(self.step, total, self.recipe.warmup_ratio)
         norm = self.optimizer.step(factor) if batches else torch.zeros_like(loss)
         return StepResult(
@@ -226,7 +227,8 @@ class Trainer:
     # ---- telling -----------------------------------------------------------------------------------------------------
 
     def opening(self, total: int) -> str:
-        names = {1: "the projector", 2: "the projector and the decoder"}
+        decoder = "LoRA adapters of the decoder" if self.adapters else "the decoder"
+        names = {1: "the projector", 2: f"the projector and {decoder}"}
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         lines = [
             f"stage {self.recipe.stage}: training {names[self.recipe.stage]} ({count:,} parameters) on "
@@ -326,7 +328,7 @@ class Trainer:
             result = self.out / "projector.safetensors"
             save_projector(self.model, result)
         else:
-            result = self.out / "model"
+            result = self.out / ("adapter" if self.adapters else "model")
             save(self.model, self.processor, result)
         steps = [r for r in self.log.records if "loss" in r]
         plot_losses(self.log.records, self.out / "loss.png", f"stage {self.recipe.stage}")
