@@ -43,6 +43,7 @@ from llava_fast.model import Llava
 from llava_fast.model.lora import TARGETS, LoraConfig, LoraLinear, attach, lora_of
 
 CONFIG, WEIGHTS, NON_LORA = "adapter_config.json", "adapter_model", "non_lora_trainables.bin"
+OURS = "llava_fast.json"  # what the model was trained with and a LlavaConfig cannot say, such as its template
 _WRAP = "base_model.model."  # what PEFT puts before every name
 # Fields of a PEFT LoraConfig that change the arithmetic, and the values under which they do not.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -91,6 +92,8 @@ class Adapter:
                     f"{directory / CONFIG}: {name}={value!r} is not supported; merge the adapter with PEFT "
                     f"(merge_and_unload) and load the result"
                 )
+        if not isinstance(self.fields.get("r"), int):
+            raise CheckpointError(f"{directory / CONFIG} gives no rank (r); it is not PEFT's LoRA configuration")
         self.files = TensorFiles(_weight_files(directory))
         self.pairs: dict[str, dict[str, str]] = {}
         self.whole: dict[str, str] = {}
@@ -128,6 +131,11 @@ class Adapter:
             rank_stabilized=bool(self.fields.get("use_rslora")),
             base=self.fields.get("base_model_name_or_path"),
         )
+
+    def extras(self) -> dict[str, Any]:
+        """Fields of ModelConfig that the adapter was saved with, where they are not the base's."""
+        file = self.directory / OURS
+        return huggingface.read_extras(read_json(file)) if file.is_file() else {}
 
     def find_base(self, given: Path | str | None) -> Path:
         """The directory of the weights below: ``given``, else what the adapter names, downloaded where it is a hub id.
@@ -278,12 +286,18 @@ def write(model: Llava, directory: Path | str) -> None:
     assert lora is not None
     if lora.base is None:
         raise ConfigError("the adapters name no base, so nobody could load them; set LoraConfig.base")
-    over_transformers = lora.vision_tower is None and not _is_authors_base(Path(lora.base))
+    over_transformers = lora.vision_tower is None and not authors.is_authors(_config_below(lora.base))
     (_write_over_transformers if over_transformers else _write_as_authors)(model, directory, lora)
 
 
-def _is_authors_base(base: Path) -> bool:
-    return (base / "config.json").is_file() and authors.is_authors(read_json(base / "config.json"))
+def _config_below(base: str) -> dict[str, Any]:
+    """config.json of the base, from its directory or from the hub's cache; empty where neither has it."""
+    file: Any = Path(base) / "config.json"
+    if not Path(base).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(base, "config.json")
+    return read_json(Path(file)) if isinstance(file, str | Path) and Path(file).is_file() else {}
 
 
 def _write_over_transformers(model: Llava, directory: Path, lora: LoraConfig) -> None:
@@ -296,7 +310,8 @@ def _write_over_transformers(model: Llava, directory: Path, lora: LoraConfig) ->
     # The tower has projections of the same names, so the decoder's are told by a pattern.
     targets = rf".*language_model\..*\.({'|'.join(lora.targets)})"
     write_json(directory / CONFIG, _peft_fields(lora, targets) | {"modules_to_save": ["multi_modal_projector"]})
-    write_json(directory / "config.json", huggingface.config_fields(model.config))
+    # Not as config.json: transformers would look for the whole model's weights beside it.
+    write_json(directory / OURS, {huggingface.EXTRAS_KEY: huggingface.extras(model.config)})
 
 
 def _write_as_authors(model: Llava, directory: Path, lora: LoraConfig) -> None:
@@ -311,8 +326,8 @@ def _write_as_authors(model: Llava, directory: Path, lora: LoraConfig) -> None:
     replace_files(directory, {NON_LORA: partial(_save_bin, projector)})
     fields = _peft_fields(lora, list(lora.targets)) | {"task_type": "CAUSAL_LM"}
     write_json(directory / CONFIG, fields)
-    tower = lora.vision_tower or read_json(Path(lora.base or "") / "config.json").get("mm_vision_tower")
-    write_json(directory / "config.json", authors.config_fields(model, vision_tower=str(tower)))
+    tower = lora.vision_tower or _config_below(lora.base or "").get("mm_vision_tower") or ""
+    write_json(directory / "config.json", authors.config_fields(model, vision_tower=tower))
 
 
 def _save_bin(tensors: dict[str, Tensor], path: Path) -> None:

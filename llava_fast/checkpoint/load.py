@@ -96,8 +96,9 @@ def _make_quantized(model: Llava, kind: str, names: list[str], device: torch.dev
 def config_of(path: Path | str, *, vision_tower: Path | str | None = None) -> ModelConfig:
     """The config of a checkpoint directory, no weights read; raises as :func:`load_model` does."""
     directory = Path(path)
-    if is_adapter(directory) and not (directory / "config.json").is_file():
-        directory = Adapter(directory).find_base(None)
+    if is_adapter(directory) and not _brings_config(directory):
+        adapter = Adapter(directory)
+        return config_of(adapter.find_base(None), vision_tower=vision_tower).replace(**adapter.extras())
     if _is_authors(directory):
         return authors.AuthorsCheckpoint(directory, vision_tower=vision_tower).config
     return huggingface.read_config(directory)
@@ -165,21 +166,25 @@ def _open(
 def _open_adapted(
     adapter: Adapter, vision_tower: Path | str | None, base: Path | str | None, merge: bool
 ) -> tuple[ModelConfig, list[Source], str | None]:
-    """As :func:`_open`, of an adapter: its base with its own weights in it. Its config.json, if any, is the model's."""
+    """As :func:`_open`, of an adapter: its base with its own weights in it. An authors' adapter brings its config."""
     directory, below = adapter.directory, adapter.find_base(base)
-    described = (directory / "config.json").is_file()
-    if described and _is_authors(directory):
+    if _brings_config(directory):
         checkpoint = authors.AuthorsCheckpoint(directory, vision_tower=vision_tower, weights=below)
         config, sources, present = checkpoint.config, checkpoint.sources(), None
     else:
         config, sources, present = _open(below, vision_tower, None)
-        config = huggingface.read_config(directory) if described else config
+        config = config.replace(**adapter.extras())
     if present is not None:
         raise CheckpointError(
             f"the base {below} of the adapter {directory} is quantized to {present}, to which nothing can be added; "
             f"give the base from before quantization, as base"
         )
     return config, adapter.applied(config, sources, low_rank=merge), None
+
+
+def _brings_config(adapter: Path) -> bool:
+    """Whether the directory of an adapter describes the whole model, as the authors' do."""
+    return (adapter / "config.json").is_file() and authors.is_authors(read_json(adapter / "config.json"))
 
 
 def _is_authors(directory: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llava_fast.checkpoint import join, load_projector
+from llava_fast.checkpoint.adapter import is_adapter
 from llava_fast.config import FEATURES, PRESETS, PROJECTORS, ModelConfig
 from llava_fast.data.samples import load_samples
 from llava_fast.errors import ConfigError, LlavaError
@@ -173,6 +174,11 @@ def start_from(
         nf4.check_available(device)
     if chosen.lora_rank and args.preset:
         raise ConfigError("LoRA needs weights on disk for its adapters to name: --model, or --vision-tower and --decoder")
+    if chosen.lora_rank and args.model and is_adapter(Path(args.model)):
+        raise ConfigError(
+            f"--model {args.model} is an adapter, and new ones cannot stand on it; merge it first: "
+            f"python -m llava_fast.train.merge {args.model} --out DIR"
+        )
     # What is to be rounded to 4 bits is read into the host's memory first.
     made_on = torch.device("cpu") if chosen.lora_bits else device
     make: dict[str, Any] = {"device": made_on, "dtype": dtype, "attention": args.attention}
