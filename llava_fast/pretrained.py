@@ -42,7 +42,7 @@ def load(
             (:func:`llava_fast.model.quantized.quantize`); the full model never exists, and what comes out is for
             inference. A directory that a quantized model was saved to needs no mention of it.
         vision_tower: the CLIP directory of an authors' checkpoint, when it is not where its config says.
-        base: the LLaMA directory to which an authors' delta checkpoint is added, or what an adapter stands on, when that
+        base: the LLaMA directory to which an authors' delta checkpoint is added, or what an adapter stands on when it
             is not where its config says; also its tokenizer where the delta or the adapter has none.
         merge_adapter: add an adapter's updates to the weights as they are read; else they stay beside them, to be
             trained further, and :func:`save` writes the adapter again.

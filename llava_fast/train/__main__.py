@@ -173,7 +173,9 @@ def start_from(
     if chosen.lora_bits:
         nf4.check_available(device)
     if chosen.lora_rank and args.preset:
-        raise ConfigError("LoRA needs weights on disk for its adapters to name: --model, or --vision-tower and --decoder")
+        raise ConfigError(
+            "LoRA needs weights on disk for its adapters to name: --model, or --vision-tower and --decoder"
+        )
     if chosen.lora_rank and args.model and is_adapter(Path(args.model)):
         raise ConfigError(
             f"--model {args.model} is an adapter, and new ones cannot stand on it; merge it first: "

@@ -86,6 +86,7 @@ class Trainer:
 
     def prepare(self) -> None:
         """Freeze, measure, plan, and take up the newest checkpoint."""
+        torch.manual_seed(self.recipe.seed)  # of the adapters' dropout
         freeze(self.model, self.recipe.stage)
         self.adapters = sum(p.numel() for name, p in trained(self.model) if ".lora_" in name)
         self.model.decoder.checkpoint_activations = self.recipe.activation_checkpointing
