@@ -40,7 +40,8 @@ def step_flops(config: ModelConfig, batch: PackedBatch, train_decoder: bool, ada
     projector = 2 * vision.hidden_size * text.hidden_size * rows
     if config.projector == "mlp2x_gelu":
         projector += 2 * text.hidden_size**2 * rows
-    patches = batch.num_images * (vision.num_patches + 1)
+    images = batch.num_images if batch.pixel_values.dim() == 4 else 0  # features from a cache cost no tower
+    patches = images * (vision.num_patches + 1)
     tower_layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     tower = 2 * tower_layer * config.vision_layers_run * patches
     tower += 4 * vision.hidden_size * (vision.num_patches + 1) * patches * config.vision_layers_run

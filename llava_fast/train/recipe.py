@@ -41,6 +41,8 @@ class Recipe:
     )
     max_length: int = option(2048, "longest sample in tokens, image rows counted; the rest is cut off")
     max_tokens: int = option(8192, "most tokens in a forward pass; a step takes several when its samples need more")
+    feature_cache: str | None = option(None, "folder for the frozen tower's features, worked out once for all epochs")
+    feature_cache_dtype: str = option("bfloat16", "what the cache keeps features in", ("bfloat16", "float32"))
     seed: int = option(0, "of the data order, the image placement and fresh weights")
     activation_checkpointing: bool = option(False, "recompute each decoder layer in the backward pass to save memory")
     log_every: int = option(10, "steps between two log lines")

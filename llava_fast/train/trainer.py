@@ -20,6 +20,7 @@ from torch import Tensor
 from llava_fast.batch import PackedBatch
 from llava_fast.checkpoint import save_projector
 from llava_fast.checkpoint.files import write_json
+from llava_fast.data.feature_cache import cached_processor
 from llava_fast.data.loader import EncodeOptions, Plan, SampleSource, fingerprint, load_steps, measure, plan_run
 from llava_fast.errors import ConfigError, LlavaError, SampleError, TrainingError
 from llava_fast.interrupt import Interrupted, interrupts
@@ -108,13 +109,25 @@ class Trainer:
             weight_decay=self.recipe.weight_decay,
             grad_clip=self.recipe.grad_clip,
         )
+        self.loading = self.processor  # what makes the batches
+        if self.recipe.feature_cache:
+            cached = getattr(torch, self.recipe.feature_cache_dtype)
+            folder = Path(self.recipe.feature_cache)
+            self.loading = cached_processor(self.processor, self.model, self.samples, folder, cached)
         self.step, self.seconds, self.tokens, self.supervised = 0, 0.0, 0, 0
         self.saved_at: Path | None = None
         self.resume()
 
     def claim_folder(self, data: str) -> None:
         """Remember what run this folder is of; refuse to go on with a different one."""
-        free = ("workers", "log_every", "save_every", "keep", "eval_every")  # these change nothing that is learned
+        free = (
+            "workers",
+            "log_every",
+            "save_every",
+            "keep",
+            "eval_every",
+            "feature_cache",
+        )  # these change nothing that is learned
         chosen = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in free}
         mine = {"recipe": chosen, "data": data, "model": dataclasses.asdict(self.model.config)}
         mine = json.loads(json.dumps(mine))
@@ -189,7 +202,7 @@ class Trainer:
     def load(self) -> Iterator[tuple[list[PackedBatch], list[tuple[str, str]]]]:
         return load_steps(
             self.samples,
-            self.processor,
+            self.loading,
             self.plan,
             self.options,
             start=self.step,
