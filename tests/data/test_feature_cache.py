@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import pickle
 import shutil
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,38 +89,44 @@ def test_size_is_printed_and_refused_without_room(
     cached_processor(processor, model, SCENES, tmp_path, torch.bfloat16)
 
 
-def slowly(folder: Path) -> None:
-    """A run that makes the cache and is still at it when it is killed."""
-    torch.set_num_threads(1)
-    feature_cache.AT_ONCE = 4
-    honest = feature_cache._read
+SLOWLY = """
+import sys, time, torch
+from pathlib import Path
+from llava_fast.data import feature_cache
+from tests.data.test_feature_cache import SCENES, model_and_processor
 
-    def read(*arguments):
-        time.sleep(0.3)
-        return honest(*arguments)
+torch.set_num_threads(1)
+feature_cache.AT_ONCE = 4
+honest = feature_cache._read
 
-    feature_cache._read = read
-    cached_processor(model_and_processor()[1], model_and_processor()[0], SCENES, folder, torch.float32)
+def read(*arguments):
+    time.sleep(0.2)
+    return honest(*arguments)
+
+feature_cache._read = read
+model, processor = model_and_processor()
+feature_cache.cached_processor(processor, model, SCENES, Path(sys.argv[1]), torch.float32)
+"""
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """A run that makes the cache and takes its time."""
+    root = Path(__file__).parents[2]
+    return subprocess.Popen([sys.executable, "-c", SLOWLY, str(folder)], cwd=root, stderr=subprocess.DEVNULL)
 
 
 def test_killed_and_two_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=slowly, args=(tmp_path,))
-    process.start()
+    process = start(tmp_path)
     deadline = time.monotonic() + 120
     while not any(tmp_path.glob(".*.part")):
-        assert process.is_alive()
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    process.kill()
+    process.wait()
     assert not list(tmp_path.glob("*.digests"))
-    both = [context.Process(target=slowly, args=(tmp_path,)) for _ in range(2)]
-    for one in both:
-        one.start()
-    for one in both:
-        one.join(120)
-    assert [one.exitcode for one in both] == [0, 0]
+    both = [start(tmp_path) for _ in range(2)]
+    assert [one.wait(120) for one in both] == [0, 0]
     assert listing(tmp_path) == [".digests", ".features", ".lock"]
     model, processor = model_and_processor()
     batch = cached_processor(processor, model, SCENES, tmp_path, torch.float32).pack(list(SCENES))
