@@ -23,7 +23,8 @@ class PackedBatch:
         labels: (T,) int64. Next-token targets, already shifted; ``IGNORE`` (-100) where nothing is learned.
         position_ids: (T,) int32. Restart at 0 in each sequence.
         cu_seqlens: (S+1,) int32. Where each sequence starts; attention never crosses a boundary.
-        pixel_values: (N, 3, H, W) float. The images in the order in which they occur. N may be 0.
+        pixel_values: (N, 3, H, W) float. The images in the order in which they occur. N may be 0. Or (N, rows, C), the
+            tower's features of them, worked out before.
         image_token_id: the id that stands at image positions.
         image_rows: (P,) int32. Row p of the image features goes to packed position ``image_rows[p]``.
         text_rows: (T-P,) int32. All other positions.

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from llava_fast.checkpoint import load_model, save_model
+from llava_fast.checkpoint.adapter import Adapter, is_adapter
 from llava_fast.checkpoint.files import read_json, write_json
 from llava_fast.config import ModelConfig
 from llava_fast.errors import CheckpointError, ConfigError
@@ -27,12 +28,13 @@ def load(
     quantization: str | None = None,
     vision_tower: Path | str | None = None,
     base: Path | str | None = None,
+    merge_adapter: bool = True,
 ) -> tuple[Llava, Processor]:
     """A model and its processor.
 
     Args:
-        path_or_hub_id: a checkpoint directory, or where there is none of that name, a repository of the Hugging Face
-            hub, which is downloaded.
+        path_or_hub_id: a checkpoint directory, or a LoRA adapter's in PEFT's format; where there is none of that name,
+            a repository of the Hugging Face hub, which is downloaded.
         device: where to make the model; default the CPU.
         dtype: default the checkpoint's own.
         attention: as for :class:`Llava`.
@@ -40,8 +42,10 @@ def load(
             (:func:`llava_fast.model.quantized.quantize`); the full model never exists, and what comes out is for
             inference. A directory that a quantized model was saved to needs no mention of it.
         vision_tower: the CLIP directory of an authors' checkpoint, when it is not where its config says.
-        base: the LLaMA directory to which an authors' delta checkpoint is added; also its tokenizer where the delta
-            has none.
+        base: the LLaMA directory to which an authors' delta checkpoint is added, or what an adapter stands on when it
+            is not where its config says; also its tokenizer where the delta or the adapter has none.
+        merge_adapter: add an adapter's updates to the weights as they are read; else they stay beside them, to be
+            trained further, and :func:`save` writes the adapter again.
 
     Raises:
         CheckpointError: no such directory or repository, or weights that cannot be read.
@@ -60,11 +64,15 @@ def load(
         quantization=quantization,
         vision_tower=vision_tower,
         base=base,
+        merge_adapter=merge_adapter,
     )
+    if base is None and is_adapter(directory):
+        base = Adapter(directory).find_base(None)
     tokenizer = Tokenizer.load(_first_with(_TOKENIZER_FILES, directory, base))
     processor = Processor.from_config(model.config, tokenizer)
-    if (directory / "preprocessor_config.json").is_file():
-        processor.image = _image_processor(directory, model.config)
+    images = _first_with(("preprocessor_config.json",), directory, base)
+    if (images / "preprocessor_config.json").is_file():
+        processor.image = _image_processor(images, model.config)
     return model, processor
 
 
@@ -119,6 +127,8 @@ def save(model: Llava, processor: Processor, directory: Path | str, format: str 
 
     transformers needs an image token inside the vocabulary. Where the model has none, "hf" gives it one, in model and
     tokenizer alike: the tokenizer's own ``<image>``, a spare row of the embedding table, or else a new row.
+
+    Of a model with LoRA adapters these and the projector are written, in PEFT's format; the base stays where it is.
 
     A quantized model is written quantized, and :func:`load` gives back the same bits. Which other software reads such a
     directory depends on the kind; :mod:`llava_fast.checkpoint.packed` says which.

@@ -42,6 +42,8 @@ class AuthorsCheckpoint:
         vision_tower: the CLIP directory; default what ``mm_vision_tower`` names (a folder inside the checkpoint, a
             path, or a hub id), unless the weights hold the tower.
         base: a LLaMA directory to which the weights, being a delta, are to be added.
+        weights: the directory that holds the weights, where it is another: what a LoRA adapter stands on. Where that
+            is a LLaMA directory, the projector is the adapter's to bring.
 
     Attributes:
         config: the model.
@@ -50,17 +52,24 @@ class AuthorsCheckpoint:
         CheckpointError: a kind that is not supported, or a part that cannot be found.
     """
 
-    def __init__(self, directory: Path, *, vision_tower: str | Path | None = None, base: str | Path | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        vision_tower: str | Path | None = None,
+        base: str | Path | None = None,
+        weights: Path | None = None,
+    ):
         self.directory = directory
         self.file = directory / "config.json"
         self.base = None if base is None else Path(base)
         fields = read_json(self.file)
-        self.files = TensorFiles.find(directory)
+        self.files = TensorFiles.find(weights or directory)
         self._refuse_unsupported(fields)
         inside = [name for name in self.files.entries if name.startswith(_INSIDE)]
         self.tower: Path | None = None
         if vision_tower is not None or not inside:
-            self.tower = find_tower(directory, vision_tower or fields.get("mm_vision_tower"))
+            self.tower = find_tower([directory, weights or directory], vision_tower or fields.get("mm_vision_tower"))
         vision = read_clip_config(self.tower) if self.tower else self._tower_inside()
         self.config = self._parse(fields, vision)
 
@@ -154,18 +163,19 @@ def _markers(directory: Path, fields: dict[str, Any], text: TextConfig) -> tuple
     return added.get("<im_start>", text.vocab_size - 2), added.get("<im_end>", text.vocab_size - 1)
 
 
-def find_tower(directory: Path, named: str | Path | None) -> Path:
-    """The CLIP directory called ``named``: a folder inside the checkpoint, a local path, or a hub id to download.
+def find_tower(inside: list[Path], named: str | Path | None) -> Path:
+    """The CLIP directory called ``named``: a folder in one of ``inside``, a local path, or a hub id to download.
 
     Raises:
         CheckpointError: it is none of these, or cannot be downloaded.
     """
+    directory = inside[0]
     if named is None:
         raise CheckpointError(
             f"{directory} neither holds a vision tower nor names one (mm_vision_tower in config.json); give its CLIP "
             f"directory as vision_tower"
         )
-    for place in (directory / named, Path(named)):
+    for place in (*(folder / named for folder in inside), Path(named)):
         if place.is_dir():
             return place
     try:
@@ -241,24 +251,26 @@ def write(
     if vision_tower is None:
         save_clip(model, directory / TOWER_FOLDER, shard_bytes=shard_bytes)
     write_tensors(directory, tensors, shard_bytes=shard_bytes)
-    write_json(
-        directory / "config.json",
-        text_fields(config.text)
-        | {
-            "architectures": ["LlavaLlamaForCausalLM"],
-            "model_type": "llava_llama",
-            "torch_dtype": dtype_code(model.dtype),
-            "use_cache": True,
-            "mm_vision_tower": vision_tower or TOWER_FOLDER,
-            "mm_hidden_size": config.vision.hidden_size,
-            "mm_projector_type": config.projector,
-            "mm_vision_select_layer": config.select_layer,
-            "mm_vision_select_feature": config.select_feature,
-            "mm_use_im_start_end": config.image_start_token_id is not None,
-            "mm_use_im_patch_token": False,
-            "use_mm_proj": True,
-            "image_aspect_ratio": config.image_aspect,
-            EXTRAS_KEY: extras(config) | {"image_token_id": config.image_token_id},
-        },
-    )
+    write_json(directory / "config.json", config_fields(model, vision_tower=vision_tower or TOWER_FOLDER))
     write_json(directory / "generation_config.json", generation_fields(config.text))
+
+
+def config_fields(model: Llava, *, vision_tower: str) -> dict[str, Any]:
+    """The model's config.json in the authors' terms; ``vision_tower``: where the tower is, a folder or a hub id."""
+    config = model.config
+    return text_fields(config.text) | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "torch_dtype": dtype_code(model.dtype),
+        "use_cache": True,
+        "mm_vision_tower": vision_tower,
+        "mm_hidden_size": config.vision.hidden_size,
+        "mm_projector_type": config.projector,
+        "mm_vision_select_layer": config.select_layer,
+        "mm_vision_select_feature": config.select_feature,
+        "mm_use_im_start_end": config.image_start_token_id is not None,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": config.image_aspect,
+        EXTRAS_KEY: extras(config) | {"image_token_id": config.image_token_id},
+    }

@@ -137,15 +137,18 @@ def sources(directory: Path, config: ModelConfig) -> list[Source]:
 def _projector_source(directory: Path, files: TensorFiles, config: ModelConfig, biased: bool) -> Source:
     names = {name: canonical_hub(name) or "" for name in files.entries}
     tensors = {names[n]: t.clone() for n, t in files.stream(n for n in names if names[n].startswith(PROJECTOR))}
-    dim, width = config.text.hidden_size, config.vision.hidden_size
-    needed: dict[str, Tensor] = {}
-    for layer, columns in (("linear_1", width), ("linear_2", dim)):
-        for kind, shape in (("weight", (dim, columns)), ("bias", (dim,))):
-            needed[f"{PROJECTOR}{layer}.{kind}"] = torch.empty(shape, device="meta")
-        if not biased:
-            tensors.setdefault(f"{PROJECTOR}{layer}.bias", torch.zeros(dim))
-    check(needed, [from_memory(tensors, directory)], directory)
+    if not biased:
+        for layer in ("linear_1", "linear_2"):
+            tensors.setdefault(f"{PROJECTOR}{layer}.bias", torch.zeros(config.text.hidden_size))
+    check(projector_shapes(config), [from_memory(tensors, directory)], directory)
     return from_memory(tensors if config.projector == "mlp2x_gelu" else fold_linear(tensors), directory)
+
+
+def projector_shapes(config: ModelConfig) -> dict[str, Tensor]:
+    """The projector of transformers' class, which always has two layers, on the meta device."""
+    dim, width = config.text.hidden_size, config.vision.hidden_size
+    shapes = ((dim, width), (dim,), (dim, dim), (dim,))
+    return {f"{PROJECTOR}{name}": torch.empty(shape, device="meta") for name, shape in zip(_FOUR, shapes, strict=True)}
 
 
 def canonical_hub(name: str) -> str | None:

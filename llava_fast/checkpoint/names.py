@@ -19,6 +19,7 @@ from llava_fast.checkpoint.packed import SCALE, Stored, stored
 from llava_fast.config import ModelConfig
 from llava_fast.errors import CheckpointError, ConfigError
 from llava_fast.model import Llava
+from llava_fast.model.decoder import projections
 from llava_fast.model.quantized import QuantizedLinear, quantization_of, quantized_layers
 
 VISION = "vision_tower.vision_model."
@@ -76,25 +77,20 @@ def _projector_parts(config: ModelConfig) -> Parts:
 
 def _text_parts(config: ModelConfig) -> Parts:
     text = config.text
-    dim, inner, vocab = text.hidden_size, text.intermediate_size, text.vocab_size
-    q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    dim, vocab = text.hidden_size, text.vocab_size
     parts: Parts = {"decoder.embed_tokens": [(EMBEDDING, slice(0, vocab))]}
     parts["decoder.norm.weight"] = [(f"{TEXT}norm.weight", slice(0, dim))]
     if not text.tie_word_embeddings:
         parts["lm_head.weight"] = [(HEAD, slice(0, vocab))]
     for i in range(text.num_hidden_layers):
-        pieces = {
-            "attention_norm": [("input_layernorm", dim)],
-            "qkv": [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
-            "out": [("self_attn.o_proj", dim)],
-            "mlp_norm": [("post_attention_layernorm", dim)],
-            "gate_up": [("mlp.gate_proj", inner), ("mlp.up_proj", inner)],
-            "down": [("mlp.down_proj", dim)],
-        }
-        for our, named in pieces.items():
-            parts[f"decoder.layers.{i}.{our}.weight"] = _stack(
-                [(f"{TEXT}layers.{i}.{piece}.weight", rows) for piece, rows in named]
-            )
+        ours, theirs = f"decoder.layers.{i}", f"{TEXT}layers.{i}"
+        parts[f"{ours}.attention_norm.weight"] = [(f"{theirs}.input_layernorm.weight", slice(0, dim))]
+        parts[f"{ours}.mlp_norm.weight"] = [(f"{theirs}.post_attention_layernorm.weight", slice(0, dim))]
+        for product, pieces in projections(text).items():
+            block = "self_attn" if product in ("qkv", "out") else "mlp"
+            parts[f"{ours}.{product}.weight"] = [
+                (f"{theirs}.{block}.{piece}.weight", rows) for piece, rows in pieces.items()
+            ]
     return parts
 
 

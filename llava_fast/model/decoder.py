@@ -28,6 +28,18 @@ def turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor
     return q, k, v
 
 
+def projections(config: TextConfig) -> dict[str, dict[str, slice]]:
+    """For each of a layer's products the rows of its weight that belong to each of LLaMA's, by LLaMA's names."""
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    inner = config.intermediate_size
+    return {
+        "qkv": {"q_proj": slice(0, q), "k_proj": slice(q, q + kv), "v_proj": slice(q + kv, q + 2 * kv)},
+        "out": {"o_proj": slice(0, config.hidden_size)},
+        "gate_up": {"gate_proj": slice(0, inner), "up_proj": slice(inner, 2 * inner)},
+        "down": {"down_proj": slice(0, config.hidden_size)},
+    }
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float, dtype: torch.dtype, device: torch.device):
         super().__init__()

@@ -95,11 +95,14 @@ class Llava(nn.Module):
                     weight.normal_(0.0, 0.02, generator=generator)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Z_v: pixel_values (N, 3, H, W) -> (N, tokens_per_image, C). No graph is built while the tower is frozen."""
+        """Z_v: pixel_values (N, 3, H, W), or (N, tokens_per_image, C), which are features and returned as such, ->
+        (N, tokens_per_image, C). No graph is built while the tower is frozen."""
         if pixel_values.shape[0] == 0:  # text alone
             return pixel_values.new_zeros(
                 (0, self.config.tokens_per_image, self.config.vision.hidden_size), dtype=self.dtype
             )
+        if pixel_values.dim() == 3:  # features already, from a cache
+            return pixel_values.to(self.dtype)
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self.vision_tower(pixel_values.to(self.dtype))

@@ -233,6 +233,11 @@ class ImageProcessor:
         self._scale = np.array([1 / (255 * s) for s in self.std], np.float32)
         self._shift = np.array([-m / s for m, s in zip(self.mean, self.std, strict=True)], np.float32)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what one picture becomes: (3, S, S)."""
+        return (3, self.size, self.size)
+
     def __call__(self, source: ImageSource, out: Tensor | None = None) -> Tensor:
         """The picture as float32 (3, S, S), RGB, normalised.
 

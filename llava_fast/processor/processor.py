@@ -205,7 +205,7 @@ class Processor:
             raise ConfigError("a batch needs at least one sequence")
         lengths = [len(e.input_ids) for e in encoded]
         sources = [(source, e.sample_id) for e in encoded for source in e.images]
-        pixels = torch.empty(len(sources), 3, self.image.size, self.image.size)
+        pixels = torch.empty(len(sources), *self.image.shape)
         for (source, sample_id), out in zip(sources, pixels, strict=True):
             self._decode_image(source, sample_id, out)
         return PackedBatch(

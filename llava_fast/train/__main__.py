@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from llava_fast.checkpoint import join, load_projector
+from llava_fast.checkpoint.adapter import is_adapter
 from llava_fast.config import FEATURES, PRESETS, PROJECTORS, ModelConfig
 from llava_fast.data.samples import load_samples
 from llava_fast.errors import ConfigError, LlavaError
 from llava_fast.interrupt import Interrupted
-from llava_fast.model import Llava
+from llava_fast.model import Llava, lora, nf4
 from llava_fast.pretrained import load
 from llava_fast.processor import Processor, Tokenizer
 from llava_fast.train import demo
@@ -169,7 +170,20 @@ def start_from(
     joined = args.vision_tower and args.decoder
     if sum(map(bool, (args.model, joined, args.preset))) != 1:
         raise ConfigError("give one start: --model DIR, or --vision-tower DIR with --decoder DIR, or --preset NAME")
-    make: dict[str, Any] = {"device": device, "dtype": dtype, "attention": args.attention}
+    if chosen.lora_bits:
+        nf4.check_available(device)
+    if chosen.lora_rank and args.preset:
+        raise ConfigError(
+            "LoRA needs weights on disk for its adapters to name: --model, or --vision-tower and --decoder"
+        )
+    if chosen.lora_rank and args.model and is_adapter(Path(args.model)):
+        raise ConfigError(
+            f"--model {args.model} is an adapter, and new ones cannot stand on it; merge it first: "
+            f"python -m llava_fast.train.merge {args.model} --out DIR"
+        )
+    # What is to be rounded to 4 bits is read into the host's memory first.
+    made_on = torch.device("cpu") if chosen.lora_bits else device
+    make: dict[str, Any] = {"device": made_on, "dtype": dtype, "attention": args.attention}
     if args.model:
         model, processor = load(args.model, vision_tower=args.vision_tower, base=args.decoder, **make)
         tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else processor.tokenizer
@@ -186,6 +200,10 @@ def start_from(
             model = Llava(preset_for(args.preset, tokenizer, shape), seed=chosen.seed, **make)
     if args.projector:
         load_projector(model, args.projector)
+    if chosen.lora_bits:
+        nf4.quantize_base(model, device)
+    if chosen.lora_rank:
+        lora.attach(model, chosen.lora(**stands_on(args)), seed=chosen.seed)
     changes = {"template": chosen.template or model.config.template}
     if args.image_aspect:
         changes["image_aspect"] = args.image_aspect
@@ -195,6 +213,17 @@ def start_from(
     if args.model and not args.image_aspect:
         prepared.image = processor.image  # as the checkpoint's own preprocessor_config.json has it
     return model, prepared
+
+
+def stands_on(args: argparse.Namespace) -> dict[str, str | None]:
+    """The weights that adapters name: local directories in full, so that they are found from anywhere."""
+
+    def named(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path and Path(path).is_dir() else path
+
+    if args.model:
+        return {"base": named(args.model), "vision_tower": named(args.vision_tower)}
+    return {"base": named(args.decoder), "vision_tower": named(args.vision_tower)}
 
 
 def preset_for(name: str, tokenizer: Any, shape: dict[str, Any]) -> ModelConfig:
@@ -221,7 +250,7 @@ def remove_run(folder: Path) -> None:
     for stage in stages:
         for name in ("run.json", "metrics.jsonl", "summary.json", "loss.png", "projector.safetensors", "answers.png"):
             (stage / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "tensorboard", "model"):
+        for name in ("checkpoints", "tensorboard", "model", "adapter"):
             shutil.rmtree(stage / name, ignore_errors=True)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_fast.errors import ConfigError
+from llava_fast.model.lora import TARGETS, LoraConfig
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -24,6 +25,11 @@ class Recipe:
     warmup_ratio: float = option(0.03, "share of the steps with a rising learning rate; a cosine to 0 follows")
     weight_decay: float = option(0.0, "AdamW's, on matrices only")
     grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip")
+    lora_rank: int = option(0, "stage 2 trains LoRA adapters of this rank and the projector; 0 trains every weight")
+    lora_alpha: float = option(16.0, "the adapters' updates are multiplied by alpha / rank")
+    lora_dropout: float = option(0.05, "share of the adapters' inputs that is zeroed in training")
+    lora_targets: str = option(",".join(TARGETS), "projections of the decoder that get adapters, separated by commas")
+    lora_bits: int | None = option(None, "4: the weights below the adapters are in 4 bits (QLoRA; needs CUDA)")
     template: str | None = option(None, "conversation template; default the model's")
     mask: str = option(
         "answers", "what is learned: answers and their stops, or what the authors' code trains", ("answers", "official")
@@ -35,6 +41,8 @@ class Recipe:
     )
     max_length: int = option(2048, "longest sample in tokens, image rows counted; the rest is cut off")
     max_tokens: int = option(8192, "most tokens in a forward pass; a step takes several when its samples need more")
+    feature_cache: str | None = option(None, "folder for the frozen tower's features, worked out once for all epochs")
+    feature_cache_dtype: str = option("bfloat16", "what the cache keeps features in", ("bfloat16", "float32"))
     seed: int = option(0, "of the data order, the image placement and fresh weights")
     activation_checkpointing: bool = option(False, "recompute each decoder layer in the backward pass to save memory")
     log_every: int = option(10, "steps between two log lines")
@@ -63,6 +71,25 @@ class Recipe:
             raise ConfigError(f"stage={self.stage} does not exist; choose 1 (projector) or 2 (projector and decoder)")
         if self.lr <= 0:
             raise ConfigError(f"lr={self.lr} must be above 0")
+        if self.lora_rank < 0:
+            raise ConfigError(f"lora_rank={self.lora_rank} must be at least 1, or 0 to train every weight")
+        if self.lora_rank and self.stage == 1:
+            raise ConfigError("LoRA adapts the decoder, which stage 1 leaves alone; add --stage 2 or drop --lora-rank")
+        if self.lora_bits is not None and (self.lora_bits != 4 or not self.lora_rank):
+            raise ConfigError(f"lora_bits={self.lora_bits}: 4 is the one choice, and it needs --lora-rank")
+        if self.lora_rank:
+            self.lora()
+
+    def lora(self, *, base: str | None = None, vision_tower: str | None = None) -> LoraConfig:
+        """The adapters that this recipe trains; what they stand on is as :class:`LoraConfig` says."""
+        return LoraConfig(
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            targets=tuple(name.strip() for name in self.lora_targets.split(",")),
+            base=base,
+            vision_tower=vision_tower,
+        )
 
 
 _ALIGN = {"stage": 1, "lr": 2e-3, "batch_size": 128}
@@ -78,6 +105,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     # LLaVA-1.5: captions alone in stage 1, the v1 conversation in stage 2.
     "llava-1.5-stage1": {"stage": 1, "lr": 1e-3, "batch_size": 256, "template": "plain", "image_position": "first"},
     "llava-1.5-stage2": {"stage": 2, "lr": 2e-5, "batch_size": 128, "template": "v1", "image_position": "first"},
+    # Its finetune_lora.sh: adapters at 2e-4, the projector at 2e-5; the authors' default dropout.
+    "llava-1.5-lora": {
+        "stage": 2,
+        "lr": 2e-4,
+        "projector_lr": 2e-5,
+        "batch_size": 128,
+        "lora_rank": 128,
+        "lora_alpha": 256.0,
+        "template": "v1",
+        "image_position": "first",
+    },
     # The built-in demonstration.
     "tiny-stage1": {"stage": 1, "lr": 5e-3, "batch_size": 64, "template": "v1", "save_every": 50, **_TINY},
     "tiny-stage2": {"stage": 2, "lr": 2e-3, "batch_size": 8, "template": "v1", "eval_every": 500, **_TINY},

@@ -20,6 +20,7 @@ from torch import Tensor
 from llava_fast.batch import PackedBatch
 from llava_fast.checkpoint import save_projector
 from llava_fast.checkpoint.files import write_json
+from llava_fast.data.feature_cache import cached_processor
 from llava_fast.data.loader import EncodeOptions, Plan, SampleSource, fingerprint, load_steps, measure, plan_run
 from llava_fast.errors import ConfigError, LlavaError, SampleError, TrainingError
 from llava_fast.interrupt import Interrupted, interrupts
@@ -86,7 +87,9 @@ class Trainer:
 
     def prepare(self) -> None:
         """Freeze, measure, plan, and take up the newest checkpoint."""
+        torch.manual_seed(self.recipe.seed)  # of the adapters' dropout
         freeze(self.model, self.recipe.stage)
+        self.adapters = sum(p.numel() for name, p in trained(self.model) if ".lora_" in name)
         self.model.decoder.checkpoint_activations = self.recipe.activation_checkpointing
         self.out.mkdir(parents=True, exist_ok=True)
         lengths, bad = measure(self.samples, self.processor, self.options, self.workers)
@@ -106,13 +109,25 @@ class Trainer:
             weight_decay=self.recipe.weight_decay,
             grad_clip=self.recipe.grad_clip,
         )
+        self.loading = self.processor  # what makes the batches
+        if self.recipe.feature_cache:
+            cached = getattr(torch, self.recipe.feature_cache_dtype)
+            folder = Path(self.recipe.feature_cache)
+            self.loading = cached_processor(self.processor, self.model, self.samples, folder, cached)
         self.step, self.seconds, self.tokens, self.supervised = 0, 0.0, 0, 0
         self.saved_at: Path | None = None
         self.resume()
 
     def claim_folder(self, data: str) -> None:
         """Remember what run this folder is of; refuse to go on with a different one."""
-        free = ("workers", "log_every", "save_every", "keep", "eval_every")  # these change nothing that is learned
+        free = (
+            "workers",
+            "log_every",
+            "save_every",
+            "keep",
+            "eval_every",
+            "feature_cache",
+        )  # these change nothing that is learned
         chosen = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in free}
         mine = {"recipe": chosen, "data": data, "model": dataclasses.asdict(self.model.config)}
         mine = json.loads(json.dumps(mine))
@@ -187,7 +202,7 @@ class Trainer:
     def load(self) -> Iterator[tuple[list[PackedBatch], list[tuple[str, str]]]]:
         return load_steps(
             self.samples,
-            self.processor,
+            self.loading,
             self.plan,
             self.options,
             start=self.step,
@@ -209,7 +224,7 @@ class Trainer:
             part = self.model.loss(batch, denominator=supervised)
             part.backward()
             loss += part.detach()
-            flops += step_flops(self.model.config, batch, train_decoder=self.recipe.stage == 2)
+            flops += step_flops(self.model.config, batch, self.recipe.stage == 2 and not self.adapters, self.adapters)
         factor = cosine(self.step, total, self.recipe.warmup_ratio)
         norm = self.optimizer.step(factor) if batches else torch.zeros_like(loss)
         return StepResult(
@@ -226,7 +241,8 @@ class Trainer:
     # ---- telling -----------------------------------------------------------------------------------------------------
 
     def opening(self, total: int) -> str:
-        names = {1: "the projector", 2: "the projector and the decoder"}
+        decoder = "LoRA adapters of the decoder" if self.adapters else "the decoder"
+        names = {1: "the projector", 2: f"the projector and {decoder}"}
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         lines = [
             f"stage {self.recipe.stage}: training {names[self.recipe.stage]} ({count:,} parameters) on "
@@ -326,7 +342,7 @@ class Trainer:
             result = self.out / "projector.safetensors"
             save_projector(self.model, result)
         else:
-            result = self.out / "model"
+            result = self.out / ("adapter" if self.adapters else "model")
             save(self.model, self.processor, result)
         steps = [r for r in self.log.records if "loss" in r]
         plot_losses(self.log.records, self.out / "loss.png", f"stage {self.recipe.stage}")

@@ -249,12 +249,6 @@ def test_what_is_not_supported_is_refused(v15: Path, change: dict[str, Any], mes
         load_model(v15)
 
 
-def test_lora_is_refused(v15: Path) -> None:
-    (v15 / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="LoRA"):
-        load_model(v15)
-
-
 def test_extra_arguments_for_a_whole_checkpoint(mlp: LlavaForConditionalGeneration, clip: Path, tmp_path: Path) -> None:
     mlp.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="vision_tower belongs to the authors' format"):
