@@ -44,15 +44,17 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def in_png(before: bytes = b"", after: bytes = b"", pieces: int = 1 << 20) -> bytes:
+def in_png(before: bytes = b"", after: bytes = b"", pieces: int = 1 << 20, size: tuple[int, int] = (100, 100)) -> bytes:
     """A PNG of noise with chunks before and behind its pixels, which come in ``pieces``."""
-    data = encode("PNG", (100, 100))
-    start = data.index(b"IDAT") - 4
-    size = int.from_bytes(data[start : start + 4], "big")
-    pixels = data[start + 8 : start + 8 + size]
-    assert data[start + size + 16 :].startswith(b"IEND")
-    split = b"".join(chunk(b"IDAT", pixels[i : i + pieces]) for i in range(0, size, pieces))
-    return data[:start] + before + split + after + chunk(b"IEND", b"")
+    plain = encode("PNG", size)
+    start, parts, at = plain.index(b"IDAT") - 4, [], plain.index(b"IDAT") - 4
+    while plain[at + 4 : at + 8] == b"IDAT":
+        length = int.from_bytes(plain[at : at + 4], "big")
+        parts.append(plain[at + 8 : at + 8 + length])
+        at += 12 + length
+    data, pixels = plain[:start], b"".join(parts)
+    split = b"".join(chunk(b"IDAT", pixels[i : i + pieces]) for i in range(0, len(pixels), pieces))
+    return data + before + split + after + chunk(b"IEND", b"")
 
 
 def in_gif(added: bytes) -> bytes:
@@ -128,6 +130,9 @@ def test_costly_headers_are_refused_before_anything_is_decoded(name: str):
 HONEST = {
     "scans": with_scans(MAX_SCANS),
     "scans behind the end": encode("JPEG", progressive=True) + b"\xff\xda\0\2" * 1000,
+    "values that overlap a little": in_jpeg(
+        segment(0xE1, b"Exif\0\0" + directory([(0x9000 + i, 7, 99, 8) for i in range(9)]))
+    ),
     "scans of a baseline picture's video": encode("JPEG") + b"\xff\xda\0\2" * 1000,
     "fill bytes": in_jpeg(b"\xff" * 500),
     "a comment": in_jpeg(segment(0xFE, b"\xff\xda\0\2" * 1000)),
@@ -135,7 +140,7 @@ HONEST = {
     "broken exif": in_jpeg(segment(0xE1, b"Exif\0\0" + directory([(0x112, 3, 2**32 - 1, 8)]))),
     "exif beyond its end": in_jpeg(segment(0xE1, b"Exif\0\0" + directory([(274, 3, 1, 1)])[:-8] + b"\xff\xff")),
     "short exif": in_jpeg(segment(0xE1, b"Exif\0\0II")),
-    "png in small pieces": in_png(pieces=512),
+    "png in small pieces": in_png(pieces=200, size=(1000, 400)),
     "png with texts": in_png(chunk(b"tEXt", b"a\0b") * 100, chunk(b"zTXt", b"a\0\0" + zlib.compress(b"b" * 1000))),
     "png with broken exif": in_png(chunk(b"eXIf", OVERLAPPING)),
     "gif with a comment": in_gif(b"\x21\xfe" + (b"\xff" + b"x" * 255) * 1000 + b"\0"),
@@ -151,6 +156,17 @@ def test_honest_files_pass(name: str):
     picture = load_image(HONEST[name], max_pixels=1_000_000)
     assert picture.size == Image.open(io.BytesIO(HONEST[name])).size
     assert open_image(io.BytesIO(HONEST[name]), "it").size == picture.size
+
+
+@pytest.mark.parametrize("entries", [1, 2000])
+def test_an_exif_block_that_is_not_sound_turns_nothing(entries: int):
+    values = [(0x9000 + i, 7, 60_000, 8) for i in range(entries)]
+    block = directory([(274, 3, 1, 6), *values], bytes(60_000))
+    turned = load_image(in_png(chunk(b"eXIf", block), size=(100, 50))).size
+    assert turned == ((50, 100) if entries == 1 else (100, 50))
+    text = f"\nexif\n{len(block)}\n{block.hex()}"
+    profile = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text.encode()))
+    assert load_image(in_png(profile, size=(100, 50))).size == turned
 
 
 def test_several_pictures_in_one_jpeg():

@@ -286,6 +286,14 @@ def test_urls_that_parsers_read_differently_or_that_are_none(url: str):
     refused(url, a_test=[PUBLIC], b_test=[PUBLIC], a=[PUBLIC])
 
 
+def test_refusals_say_why():
+    assert "user name" in refused("http://bob@a.test/")
+    assert "backslash" in refused("http://a.test\\b")
+    assert "https://, http:// or data:" in refused("ftp://a.test/")
+    assert "from ports 80 and 443" in refused("http://a.test:81/")
+    assert "only from hosts that this server allows" in refused("http://a.test/", RemotePolicy(hosts=("b.test",)))
+
+
 SECRETS = [
     "http://bob:hunter2@a.test/?token=abcdef",
     "http://inside.test/?token=abcdef",
@@ -365,6 +373,7 @@ def test_a_redirect_takes_no_cookie_along():
         "http://[",
         "\t//127.0.0.1/",
         "/a b",
+        "http://a.te\tst/",
         "",
         "/" + "x" * 9000,
     ],
@@ -430,6 +439,11 @@ def test_answers_that_are_refused(answer: bytes):
     assert isinstance(message, str)
     assert len(web.requests) == 1
     assert PUBLIC not in message
+
+
+def test_a_length_over_the_limit_is_refused_before_the_body():
+    message, *_ = fetched({"/": page(b"", "Content-Length: 100001", length=False)}, "http://a.test/")
+    assert message == "the picture has 100001 bytes, over the limit of 100000"
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n", page(PICTURE)[:-1], page(PICTURE)[:60]])
