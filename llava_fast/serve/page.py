@@ -23,13 +23,12 @@ from llava_fast.data.scenes import Scene, scene_at
 _WEB = Path(__file__).with_name("web")
 _SCRIPTS = ("theme.js", "pictures.js", "api.js", "text.js", "store.js", "chat.js")  # in one scope, in this order
 
-# Of a set that nothing was trained on: number of the scene, and a question about it, one of each kind of instruction.
-_SET = 2026
-_EXAMPLES = (
-    (4, "What is in the picture, where, and how large?"),
-    (4, "Which is higher, the square or the circle?"),
-    (6, "What color is the triangle?"),
-    (3, "Is there a star?"),
+_SET = 2026  # a set of scenes of its own
+_EXAMPLES = (  # number of the scene, and a question of each kind that people ask: all of it, where, how many, and why
+    (268, "What is in the picture, where, and how large?"),
+    (188, "Which is higher, the square or the star?"),
+    (24, "Where is the purple square?"),
+    (31, "How many shapes are there?"),
 )
 
 

@@ -3,10 +3,9 @@
 /** What the server or the network said no with, in words. */
 class Refusal extends Error {
   /** @param {string} what the headline  @param {string} detail the server's own words, if any */
-  constructor(what, detail = "", { status = 0 } = {}) {
+  constructor(what, detail = "") {
     super(what);
     this.detail = detail;
-    this.status = status;
   }
 }
 
@@ -94,7 +93,7 @@ async function* eventsOf(stream) {
 async function refusalOf(response) {
   const error = (await response.json().catch(() => ({}))).error ?? {};
   const detail = typeof error.message === "string" ? error.message : "";
-  return new Refusal(headline(response, error, detail), detail, { status: response.status });
+  return new Refusal(headline(response, error, detail), response.status === 503 ? "" : detail);
 }
 
 function headline(response, { code }, detail) {
@@ -107,7 +106,7 @@ function headline(response, { code }, detail) {
   if (status === 404) return "The server does not have this model, or is not the one that this page belongs to.";
   if (status === 413) return "This is more than the server takes at a time. Send fewer pictures, or start a new conversation.";
   if (status === 429) return `The server has too much to do. ${later}`;
-  if (status === 503) return `The server is busy or about to stop. ${later}`;
+  if (status === 503) return `The server ${code === "shutting_down" ? "is about to stop" : "has as many questions as it takes"}. ${later}`;
   if (status >= 500) return "The server failed on this question.";
   if (/image|picture/i.test(`${code} ${detail}`)) return "The server refused a picture.";
   return "The server refused the question.";

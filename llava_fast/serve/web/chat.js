@@ -6,7 +6,7 @@
 const DEFAULTS = { temperature: 0.2, top_p: 0.7, max_tokens: 512 };
 const SUGGESTIONS = [
   "What is unusual about this picture?",
-  "What should I be careful about in this place?",
+  "What should I look out for here?",
   "Describe this picture in detail.",
 ];
 const ONSET = 400; // ms in which a second click on Send does not stop what the first one sent
@@ -112,8 +112,7 @@ function finished(answer, problem) {
   if (problem) answer.end = stopped ? "stopped" : "broken";
   if (stopped) answer.remark = "Stopped.";
   else if (problem) answer.remark = [wordsFor(problem), problem.detail].filter(Boolean).join(" ");
-  if (problem && !stopped) notify(wordsFor(problem), problem.detail, regenerate);
-  say(`${problem ? "The answer is incomplete" : "Answer"}: ${answer.text.trim() || "empty"}`);
+  say([answer.remark, `${problem ? "What came of the answer" : "Answer"}: ${answer.text.trim() || "empty"}`].join(" "));
 }
 
 function failed(problem, again) {
@@ -310,6 +309,7 @@ function showTurn(turn) {
   const active = running?.turn === turn;
   const last = conversation.turns.at(-1) === turn && !running;
   element.classList.toggle("replaced", conversation.editing && last);
+  element.classList.toggle("broken", answer.end === "broken");
   part(".answer").setAttribute("aria-busy", active);
   showText(part(".answer .text"), answer.text);
   part(".waiting").hidden = !active || answer.text !== "";
@@ -328,11 +328,12 @@ function waitingWords({ pictures }) {
 }
 
 function figuresOf({ first, rate, tokens }) {
-  return [
+  const parts = [
     tokens !== null && `${tokens} token${tokens === 1 ? "" : "s"}`,
     rate !== null && `${rate < 10 ? rate.toFixed(1) : Math.round(rate)} tokens/s`,
-    first !== null && `first after ${first < 10 ? first.toFixed(2) : first.toFixed(1)} s`,
-  ].filter(Boolean).join(" · ");
+    first !== null && `first token ${first < 10 ? first.toFixed(2) : first.toFixed(1)} s`,
+  ];
+  return parts.filter(Boolean).map(part => part.replaceAll(" ", "\u00a0")).join(" · "); // lines break between them
 }
 
 let drawing = false;
@@ -344,9 +345,7 @@ function showSoon() {
   requestAnimationFrame(() => {
     drawing = false;
     if (!running) return;
-    const following = atEnd();
     showTurn(running.turn);
-    if (following) scrollToEnd();
   });
 }
 
@@ -369,8 +368,9 @@ function showDraft() {
   if ($("question").value !== text) $("question").value = text;
   $("attached").replaceChildren(...pictures.map(attachedElement));
   $("attached").hidden = pictures.length === 0;
+  $("begin").hidden = pictures.length > 0;
   $("suggestions").hidden = pictures.length === 0 || text !== "";
-  $("question").placeholder = conversation.turns.length ? "Ask on" : "Ask about a picture";
+  $("question").placeholder = conversation.turns.length ? "Ask another question" : "Ask about a picture";
   grow();
 }
 
@@ -442,7 +442,9 @@ async function copied(text) {
   }
 }
 
-// ---- scrolling: the page follows the answer while its end is in view
+// ---- scrolling: the page follows what grows while its end is in view
+
+let following = true;
 
 function atEnd() {
   const { scrollTop, scrollHeight, clientHeight } = document.scrollingElement;
@@ -450,11 +452,18 @@ function atEnd() {
 }
 
 function scrollToEnd() {
+  following = true;
   document.scrollingElement.scrollTop = document.scrollingElement.scrollHeight;
 }
 
-function showNewest() {
-  $("newest").hidden = atEnd() || conversation.turns.length === 0;
+function onScroll() {
+  following = atEnd();
+  $("newest").hidden = following || conversation.turns.length === 0;
+}
+
+function onGrowth() {
+  document.documentElement.style.setProperty("--foot", `${$("foot").offsetHeight}px`);
+  if (following && conversation.turns.length) scrollToEnd();
 }
 
 // ---- settings
@@ -550,12 +559,11 @@ function listen() {
   addEventListener("drop", event => { document.body.classList.remove("dropping"); onFiles(event, event.dataTransfer); });
   addEventListener("dragover", event => { event.preventDefault(); document.body.classList.add("dropping"); });
   addEventListener("dragleave", event => { if (!event.relatedTarget) document.body.classList.remove("dropping"); });
-  addEventListener("scroll", showNewest, { passive: true });
-  addEventListener("resize", () => { grow(); showNewest(); });
+  addEventListener("scroll", onScroll, { passive: true });
+  addEventListener("resize", grow);
   addEventListener("pagehide", store);
-  new ResizeObserver(([{ target }]) => {
-    document.documentElement.style.setProperty("--foot", `${target.offsetHeight}px`);
-  }).observe($("foot"));
+  const observer = new ResizeObserver(onGrowth);
+  for (const part of [$("turns"), $("foot")]) observer.observe(part);
 }
 
 function makeExamples() {
@@ -584,7 +592,7 @@ document.addEventListener("DOMContentLoaded", async () => {
   listen();
   showTheme();
   showAll();
-  scrollToEnd();
+  if (conversation.turns.length) scrollToEnd();
   if (!matchMedia("(pointer: coarse)").matches) $("question").focus(); // on a phone it would open the keyboard
   try {
     await loadModels();

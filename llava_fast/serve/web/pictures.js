@@ -60,7 +60,7 @@ function fileFrom(dataUri, name) {
   return new File([bytes], name, { type: head.slice("data:".length, head.indexOf(";")) });
 }
 
-/** "1024 × 768", and what it was before where it was reduced. */
+/** "1024 × 768", or what it was reduced to. */
 function sizeOf({ width, height, from }) {
-  return from ? `${from[0]} × ${from[1]}, reduced to ${width} × ${height}` : `${width} × ${height}`;
+  return `${from ? "reduced to " : ""}${width} × ${height}`;
 }
