@@ -7,9 +7,10 @@ import sys
 from llava_fast.datagen.__main__ import main as datagen
 from llava_fast.evaluate.__main__ import main as evaluate
 from llava_fast.generate.__main__ import main as generate
+from llava_fast.round_trip import main as round_trip
 from llava_fast.train.__main__ import main as train
 
-COMMANDS = {"train": train, "generate": generate, "datagen": datagen, "evaluate": evaluate}
+COMMANDS = {"train": train, "generate": generate, "datagen": datagen, "evaluate": evaluate, "round-trip": round_trip}
 
 
 def main() -> int:

@@ -71,10 +71,11 @@ def _scores(answerers: Mapping[str, Answerer], unparsable: str) -> list[list[str
         [f"relative score{suffix[who]}", *(_percent(one[n]) if n in one else "-" for n in names)]
         for who, one in spreads.items()
     ]
-    for who, runs in found.items():
-        for side, label in (("reference", f"reference{f' beside {who}' if suffix[who] else ''}"), ("candidate", who)):
-            values = [[getattr(scores[n], side) for scores in runs.values() if n in scores] for n in names]
-            rows.append([f"mean score, {label}", *(f"{mean(v):.2f}" if v else "-" for v in values)])
+    measured = list(found)[-1:]  # a reference's scores differ with what stands beside it: those of the measured one
+    for who, side in [*((who, "reference") for who in measured), *((who, "candidate") for who in found)]:
+        values = [[getattr(scores[n], side) for scores in found[who].values() if n in scores] for n in names]
+        label = side if side == "reference" else who
+        rows.append([f"mean score, {label}", *(f"{mean(v):.2f}" if v else "-" for v in values)])
     return rows
 
 
