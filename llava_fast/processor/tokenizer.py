@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ class Tokenizer:
         if legacy is None:
             legacy = True if config.get("legacy") is None else bool(config["legacy"])
         return Tokenizer(backend, config, added, legacy)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of more than n times as many does not fit into n tokens."""
+        return max(len(self._token_text(i)) for i in range(self._backend.size))
 
     def encode(self, text: str, *, prefix: bool) -> tuple[list[int], list[int]]:
         """Ids of ``text`` and where each begins.
