@@ -95,6 +95,9 @@ class Gate:
         counted = path not in _UNCOUNTED
         entered = False
         try:
+            if b"content-length" in headers and b"transfer-encoding" in headers:  # parsers differ: a way to smuggle
+                message = "a request has Content-Length or Transfer-Encoding, not both"
+                raise ApiError(400, message, headers={"connection": "close"})
             visit.tenant = self._check_key(path, headers)
             if counted:
                 self._enter()

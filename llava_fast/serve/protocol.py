@@ -170,7 +170,8 @@ def validate(kind: type[Body], body: bytes) -> Body:
 
 
 def _problem(details: list[ErrorDetails]) -> ApiError:
-    first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    first = next((d for d in details if d["type"] == "extra_forbidden"), None)
+    first = first or max(details, key=lambda d: len(d["loc"]))  # of a union the branch that got furthest
     param = _place(first["loc"])
     if first["type"] == "json_invalid":
         return ApiError(400, f"We could not parse the JSON body of your request: {first['msg']}")
