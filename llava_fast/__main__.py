@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from llava_fast.datagen.__main__ import main as datagen
 from llava_fast.evaluate.__main__ import main as evaluate
@@ -10,7 +11,21 @@ from llava_fast.generate.__main__ import main as generate
 from llava_fast.round_trip import main as round_trip
 from llava_fast.train.__main__ import main as train
 
-COMMANDS = {"train": train, "generate": generate, "datagen": datagen, "evaluate": evaluate, "round-trip": round_trip}
+
+def serve(argv: list[str] | None = None) -> int:
+    from llava_fast.serve.__main__ import main as run  # its libraries are an extra's
+
+    return run(argv)
+
+
+COMMANDS: dict[str, Callable[[list[str] | None], int]] = {
+    "train": train,
+    "generate": generate,
+    "serve": serve,
+    "datagen": datagen,
+    "evaluate": evaluate,
+    "round-trip": round_trip,
+}
 
 
 def main() -> int:

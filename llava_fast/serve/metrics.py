@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
@@ -36,6 +37,7 @@ class Metrics:
         self._requests = Counter(
             "http_requests", "Requests by what became of them", ["method", "handler", "status"], registry=self._registry
         )
+        self._tasks = Gauge("asyncio_tasks", "Tasks of the event loop", registry=self._registry)
         self._seconds = Histogram(
             "http_request_duration_seconds",
             "First byte to last, of any request",
@@ -72,6 +74,8 @@ class Metrics:
         self._seconds.labels(method, route).observe(seconds)
 
     def text(self) -> bytes:
+        """Called in the event loop whose tasks are counted."""
+        self._tasks.set(len(asyncio.all_tasks()))
         return generate_latest(self._registry)
 
 

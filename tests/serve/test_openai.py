@@ -119,7 +119,9 @@ def test_completions(client, engine):
         )
         assert [choice.text for choice in made.choices] == [completion.outputs[0].text for completion in expected]
         assert made.usage.prompt_tokens == sum(map(len, ids))
-    echoed = client.completions.create(model="tiny", prompt=texts[0], max_tokens=4, temperature=0, echo=True, logprobs=0)
+    echoed = client.completions.create(
+        model="tiny", prompt=texts[0], max_tokens=4, temperature=0, echo=True, logprobs=0
+    )
     choice = echoed.choices[0]
     assert choice.text.startswith(texts[0]) and "".join(choice.logprobs.tokens).startswith(texts[0])
     chunks = list(client.completions.create(model="tiny", prompt=texts, max_tokens=8, temperature=0, stream=True))
@@ -204,7 +206,11 @@ def test_errors(server, change, status, param, code, stream):
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert (param is None or error["param"] == param) and (code is None or error["code"] == code)
-    assert not re.search(r"\b0x", error["message"]) and "Traceback" not in error["message"] and ".py" not in error["message"]
+    assert (
+        not re.search(r"\b0x", error["message"])
+        and "Traceback" not in error["message"]
+        and ".py" not in error["message"]
+    )
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1/a.png", "https://example.com/a.png", "file:///etc/passwd", "/etc/x"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -17,7 +16,9 @@ from pathlib import Path
 import httpx2 as httpx
 import openai
 import pytest
+import schemathesis
 from fastapi import FastAPI
+from hypothesis import HealthCheck, Phase, given, settings
 
 import llava_fast as lf
 from llava_fast.errors import ConfigError
@@ -45,7 +46,9 @@ def idle(engine: lf.Engine) -> bool:
 def test_disconnect(patient, stream):
     with serving(create_app(patient)) as server:
         body = json.dumps({**LONG, "stream": stream}).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
             connection.sendall(head.encode() + body)
             wait_for(lambda: patient.stats().generated_tokens > 2)
@@ -153,15 +156,17 @@ def test_mounted_under_a_prefix(engine):
 
 
 def test_health_fails_with_the_engine(loaded):
-    with lf.Engine(*loaded, lf.EngineConfig(kv_cache_bytes=1 << 24, max_sequences=1)) as engine:
-        with serving(create_app(engine, Settings(health_age_seconds=0))) as server:
-            before = engine.stats().generated_tokens
-            assert httpx.get(server.url + "/health").status_code == 200
-            assert engine.stats().generated_tokens == before + 1
-            engine.close()
-            wrong = httpx.get(server.url + "/health")
-            assert wrong.status_code == 503 and wrong.json()["error"]["code"] == "unhealthy"
-            assert httpx.post(server.url + CHAT, json=SHORT).status_code == 503
+    with (
+        lf.Engine(*loaded, lf.EngineConfig(kv_cache_bytes=1 << 24, max_sequences=1)) as engine,
+        serving(create_app(engine, Settings(health_age_seconds=0))) as server,
+    ):
+        before = engine.stats().generated_tokens
+        assert httpx.get(server.url + "/health").status_code == 200
+        assert engine.stats().generated_tokens == before + 1
+        engine.close()
+        wrong = httpx.get(server.url + "/health")
+        assert wrong.status_code == 503 and wrong.json()["error"]["code"] == "unhealthy"
+        assert httpx.post(server.url + CHAT, json=SHORT).status_code == 503
 
 
 def test_metrics(server):
@@ -187,8 +192,8 @@ def test_metrics(server):
 def test_cors_is_off_unless_asked_for(engine, server):
     ask = {"origin": "https://a.example", "access-control-request-method": "POST"}
     assert not [h for h in httpx.options(server.url + CHAT, headers=ask).headers if h.startswith("access-control")]
-    settings = Settings(api_keys=(KEY,), cors_origins=("https://a.example",))
-    with serving(create_app(engine, settings)) as open_server:
+    allowed = Settings(api_keys=(KEY,), cors_origins=("https://a.example",))
+    with serving(create_app(engine, allowed)) as open_server:
         found = httpx.options(open_server.url + CHAT, headers=ask)
         assert found.headers["access-control-allow-origin"] == "https://a.example"
         other = httpx.options(open_server.url + CHAT, headers={**ask, "origin": "https://b.example"})
@@ -215,7 +220,9 @@ def test_conversations_and_moderation(engine, tmp_path):
         assert httpx.post(server.url + "/v1/completions", json={"prompt": "hello"}).status_code == 400
     assert seen[0][0]["content"][0]["image"] == picture
     (row,) = map(json.loads, path.read_text().splitlines())
-    assert row["asked"][0]["content"][0]["image"].startswith("sha256:") and row["asked"][0]["content"][1]["text"] == "Hi"
+    assert (
+        row["asked"][0]["content"][0]["image"].startswith("sha256:") and row["asked"][0]["content"][1]["text"] == "Hi"
+    )
     assert row["answers"][0]["finish_reason"] == "length"
 
 
@@ -230,20 +237,19 @@ def test_event_loop_is_free_while_large_requests_are_read(server):
 
 
 def test_schemathesis(server):
-    """Requests made up from the app's own document: no server error, and no answer that the document does not know."""
-    import schemathesis
-    from hypothesis import HealthCheck, Phase, settings
-    from schemathesis import checks
-
+    """Requests made up from the app's own document: no server error, and every refusal in OpenAI's shape."""
     schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
-    wanted = [getattr(checks, "not_a_server_error", None) or schemathesis.checks.CHECKS.get_one("not_a_server_error")]
     count = 0
     for result in schema.get_all_operations():
         operation = result.ok()
 
         @settings(
-            max_examples=25, deadline=None, derandomize=True, database=None,
-            phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+            max_examples=25,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
         )
         def ask(case):
             nonlocal count
@@ -254,10 +260,8 @@ def test_schemathesis(server):
             assert response.status_code < 500, (case.as_curl_command(), response.text)
             assert response.status_code == 200 or set(response.json()) == {"error"}
 
-        from hypothesis import given
-
         given(case=operation.as_strategy())(ask)()
-    assert count > 60 and wanted
+    assert count > 60
     assert httpx.post(server.url + CHAT, json=SHORT).status_code == 200
 
 
@@ -266,8 +270,23 @@ class Process:
 
     def __init__(self, *options: str, **environment: str):
         root = Path(__file__).parents[2]
-        env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "OMP_NUM_THREADS": "1", **environment}
-        command = [sys.executable, "-m", "llava_fast", "serve", "--port", "0", "--kv-cache-bytes", str(1 << 25), *options]
+        env = {
+            **os.environ,
+            "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "llava_fast",
+            "serve",
+            "--port",
+            "0",
+            "--kv-cache-bytes",
+            str(1 << 25),
+            *options,
+        ]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, env=env, text=True)
         self.lines: list[str] = []
         for line in self.process.stderr:
@@ -315,8 +334,8 @@ def test_drain_has_an_end():
         headers = {"authorization": f"Bearer {KEY}"}
         body = {**LONG, "n": 8}
         running = pool.submit(httpx.post, server.url + CHAT, json=body, headers=headers, timeout=60)
-        text = "num_requests_running"
-        wait_for(lambda: f'{text}{{model_name="llava-fast-built-in"}} 8' in httpx.get(server.url + "/metrics", headers=headers).text)
+        of = '{model_name="llava-fast-built-in"}'
+        wait_for(lambda: f"_running{of} 8.0" in httpx.get(server.url + "/metrics", headers=headers).text)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
         assert running.result().status_code == 503
@@ -324,12 +343,11 @@ def test_drain_has_an_end():
 
 def test_missing_extra():
     code = "import sys; sys.modules['fastapi'] = None; from llava_fast.__main__ import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code, "serve"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, "serve"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: fastapi is missing: pip install 'llava-fast[serve]'\n"
 
 
 def test_engine_stays_the_callers(engine):
-    asyncio.run(asyncio.sleep(0))
     with serving(create_app(engine)) as server:
         assert httpx.get(server.url + "/health").status_code == 200
     assert engine.generate([lf.Request(token_ids=[1])])[0].error is None
