@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {  # imported when asked for: one command's packages are not needed by another
     "train": "llava_fast.train.__main__",
     "generate": "llava_fast.generate.__main__",
+    "serve": "llava_fast.serve.__main__",
     "chat": "llava_fast.chat.__main__",
     "datagen": "llava_fast.datagen.__main__",
     "evaluate": "llava_fast.evaluate.__main__",

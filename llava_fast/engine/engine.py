@@ -52,6 +52,7 @@ class Engine:
             handle's result or iterates over a handle does the work.
 
     Attributes:
+        processor: as given.
         failed: what stopped the engine, such as a fault of the GPU; None while it works.
         startup: seconds that each part of the start took, by name.
         max_length: most tokens of a prompt and its answer together.
@@ -66,7 +67,7 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.failed: BaseException | None = None
         self.startup: dict[str, float] = {}
-        self._model, self._processor = model, processor
+        self._model, self.processor = model, processor
         self._features = FeatureCache(config.feature_cache_bytes)
         with self._timed("cache"):
             self._runner = Runner(model, config, self._features)
@@ -249,7 +250,7 @@ class Engine:
         self._scheduler.add(job.sequences[0])
 
     def _sequences(self, job: Job, prompt: Prompt) -> list[Sequence]:
-        request, sampling, tokenizer = job.request, job.request.sampling, self._processor.tokenizer
+        request, sampling, tokenizer = job.request, job.request.sampling, self.processor.tokenizer
         stop_ids = (*(() if sampling.ignore_eos else (tokenizer.eos_id,)), *sampling.stop_token_ids)
         stops = (*sampling.stop, *(self._template_stops if request.messages is not None else ()))
         seed = int.from_bytes(os.urandom(8), "big") if sampling.seed is None else sampling.seed

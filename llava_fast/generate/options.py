@@ -105,16 +105,16 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--vision-tower", help="CLIP directory of an authors' checkpoint, if not where it says")
     machine.add_argument("--base", help="LLaMA directory that an authors' delta checkpoint is added to")
     sampling = parser.add_argument_group("sampling", 'of every line whose own "sampling" does not say otherwise')
-    _add_fields(sampling, SamplingParams, SAMPLING)
+    add_fields(sampling, SamplingParams, SAMPLING)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; may be given several times")
     sampling.add_argument(
         "--seed", type=int, default=0, help="draws follow from it and the line's number (default %(default)s)"
     )
-    _add_fields(parser.add_argument_group("engine", "budgets of each process"), EngineConfig, BUDGETS)
+    add_fields(parser.add_argument_group("engine", "budgets of each process"), EngineConfig, BUDGETS)
     return parser
 
 
-def _add_fields(group: Any, of: type, helps: dict[str, str]) -> None:
+def add_fields(group: Any, of: type, helps: dict[str, str]) -> None:
     """One option a field of a dataclass; None means that it was not given."""
     types = typing.get_type_hints(of)
     defaults = {field.name: field.default for field in dataclasses.fields(of)}

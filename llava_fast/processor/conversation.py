@@ -378,6 +378,14 @@ def _move_images(question: str, before: bool) -> str:
     return "\n".join([*marks, text] if before else [text, *marks]).strip()
 
 
+def count_characters(messages: Sequence[dict[str, Any]]) -> int:
+    """Characters of all texts in messages. What is malformed counts for nothing: :func:`encode_prompt` refuses it."""
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    texts = [text for text in (*contents, *(part.get("text") for part in parts)) if isinstance(text, str)]
+    return sum(map(len, texts))
+
+
 def _split_content(message: dict[str, Any]) -> tuple[list[str], list[Any]]:
     """The texts around the images of a message, and the images."""
     texts, images = [""], list[Any]()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llava_fast.config import ASPECTS
 from llava_fast.errors import ConfigError, ImageError
+from llava_fast.processor.image_file import CountedFile, check_directory, check_file
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of values in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -90,10 +91,36 @@ def _load_path(path: Path, max_pixels: int) -> Image.Image:
 
 
 def _load_file(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+    counted = CountedFile(file)
+    image = open_image(file, name, max_pixels, counted=counted)
+    counted.allow_pixels()
+    return _to_rgb(image, name, max_pixels)
+
+
+def open_image(
+    file: IO[bytes],
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] = FORMATS,
+    counted: CountedFile | None = None,
+) -> Image.Image:
+    """A picture by its header, not decoded yet.
+
+    Args:
+        name: what messages call it.
+        formats: those accepted, some of FORMATS.
+        counted: what PIL is to read ``file`` through.
+
+    Raises:
+        ImageError: no picture of these formats, too many pixels, or a file made to be costly.
+    """
     try:
-        image = Image.open(file, formats=FORMATS)
+        check_file(file, max_pixels)
+        image = Image.open(counted or CountedFile(file), formats=tuple(formats))  # type: ignore[arg-type]
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: {_why_unidentified(file)}") from error
+        raise ImageError(f"{name}: {_why_unidentified(file, formats)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the warning: under `-W error`
         raise ImageError(
             f"{name}: the picture is over PIL's own pixel limit: {error}; scale it down, "
@@ -101,15 +128,16 @@ def _load_file(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
         ) from error
     except Exception as error:  # a parser met bytes it was not made for
         raise _unreadable(name, error) from error
-    return _to_rgb(image, name, max_pixels)
+    _check_size(image, name, max_pixels)
+    return image
 
 
-def _why_unidentified(file: IO[bytes]) -> str:
+def _why_unidentified(file: IO[bytes], formats: Sequence[str]) -> str:
     file.seek(0)
     start = file.read(12)
     if not start:
         return "the image file is empty (0 bytes)"
-    return f"not an image, or broken at its start: it begins with {start!r}; supported are {', '.join(FORMATS)}"
+    return f"not an image, or broken at its start: it begins with {start!r}; supported are {', '.join(formats)}"
 
 
 def _unreadable(name: str, error: Exception) -> ImageError:
@@ -117,7 +145,7 @@ def _unreadable(name: str, error: Exception) -> ImageError:
     return ImageError(f"{name}: the image cannot be decoded (truncated or damaged?): {cause}")
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height == 0:
         raise ImageError(f"{name}: a picture of {width}x{height} has no pixels")
@@ -126,6 +154,10 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
             f"{name}: {width}x{height} is {width * height} pixels, over the limit max_pixels={max_pixels}; "
             f"scale the picture down or raise the limit"
         )
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    _check_size(image, name, max_pixels)
     if image.mode in ("I", "F"):
         raise ImageError(f"{name}: 32-bit pixels (mode {image.mode}) have no fixed range; convert them to 8 bits")
     try:
@@ -133,6 +165,8 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         return _upright(_opaque(image), image)
     except MemoryError:
         raise
+    except ImageError as error:  # too many parts between the pixels
+        raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # decoders raise whatever a damaged file leads them into
         raise _unreadable(name, error) from error
 
@@ -153,6 +187,7 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     try:
+        check_directory(BytesIO(_exif(original.info)))
         orientation = original.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a damaged EXIF block says nothing about orientation; the pixels are sound
         return rgb
@@ -162,6 +197,15 @@ def _upright(rgb: Image.Image, original: Image.Image) -> Image.Image:
     upright = rgb.transpose(method)
     upright.info = {}  # the copied EXIF block would turn it again
     return upright
+
+
+def _exif(info: dict[Any, Any]) -> bytes:
+    """The block that PIL's ``getexif`` will read, from its byte order on."""
+    block = info.get("exif")
+    if block is None:
+        lines = info.get("Raw profile type exif", "").split("\n")  # ImageMagick's way in PNG: hexadecimal text
+        block = bytes.fromhex("".join(lines[3:]))
+    return block.removeprefix(b"Exif\0\0")
 
 
 def _from_tensor(tensor: Tensor) -> Image.Image:

@@ -20,6 +20,7 @@ from llava_fast.errors import ConfigError, ImageError, LlavaError, PromptTooLong
 from llava_fast.processor.conversation import (
     IMAGE_MARK,
     EncodedText,
+    count_characters,
     encode_conversation,
     encode_prompt,
     find_template,
@@ -165,6 +166,12 @@ class Processor:
         Raises:
             LlavaError: malformed messages; PromptTooLongError: more than ``max_length`` tokens.
         """
+        characters, most = count_characters(messages), self.max_length * self.tokenizer.longest_token
+        if characters > most:  # megabytes of text take seconds and hundreds of megabytes of memory to tokenize
+            raise PromptTooLongError(
+                f"the messages have {characters} characters, and {self.max_length} tokens hold {most} at most; "
+                "shorten the text or leave out early turns"
+            )
         encoded, images = encode_prompt(messages, self.tokenizer, self.template)
         input_ids, labels, _ = self._expand(encoded, "")
         if len(input_ids) > self.max_length:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ class Tokenizer:
             legacy = True if config.get("legacy") is None else bool(config["legacy"])
         return Tokenizer(backend, config, added, legacy)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: a text of more than n times as many does not fit into n tokens."""
+        return max(len(self._token_text(i)) for i in range(self._backend.size))
+
     def encode(self, text: str, *, prefix: bool) -> tuple[list[int], list[int]]:
         """Ids of ``text`` and where each begins.
 
@@ -126,6 +132,15 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """Id of the token that is written exactly so, or None."""
         return self._added[token] if token in self._added else self._backend.piece_id(token)
+
+    def piece(self, token_id: int) -> str:
+        """The token as the vocabulary writes it; empty outside of it, such as for padding rows of the embedding."""
+        return self._token_text(token_id) if token_id in self._added_text or 0 <= token_id < self._backend.size else ""
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether pieces are written in GPT-2's alphabet of 256 characters, one a byte."""
+        return self._backend.byte_level
 
     def with_token(self, token: str, token_id: int) -> Tokenizer:
         """A copy that also knows the special token ``token`` under ``token_id``.
@@ -180,6 +195,7 @@ class _SentencePiece:
     """A sentencepiece model, with and without its dummy prefix."""
 
     file_name = "tokenizer.model"
+    byte_level = False
     transformers_class = "LlamaTokenizer"
 
     def __init__(self, path: Path):
@@ -319,6 +335,7 @@ class _Fast:
         except Exception as error:  # the library raises plain Exception for what it cannot parse
             raise TokenizerError(f"{path} is no tokenizer.json{_lfs_hint(raw)}: {error}") from error
         self.has_prefix = any(bare[part] != self._spec.get(part) for part in ("normalizer", "pre_tokenizer"))
+        self.byte_level = "'ByteLevel'" in str(bare.get("decoder"))
         self.size: int = max(self._bare.get_vocab(with_added_tokens=False).values(), default=-1) + 1
 
     def encode(self, text: str, prefix: bool) -> tuple[list[int], list[int]]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from llava_fast.config import IGNORE, IMAGE_SENTINEL, ModelConfig, TextConfig, VisionConfig
-from llava_fast.errors import ConfigError, ImageError, LlavaError, SampleError, TokenizerError
+from llava_fast.errors import ConfigError, ImageError, LlavaError, PromptTooLongError, SampleError, TokenizerError
 from llava_fast.processor import ImageProcessor, Processor, Tokenizer
 from llava_fast.processor.conversation import encode_conversation
 
@@ -143,6 +143,28 @@ def test_prompt(tokenizer: Tokenizer) -> None:
     assert make(tokenizer, max_length=length).prompt([{"role": "user", "content": parts}]).input_ids.size == length
     with pytest.raises(LlavaError, match=f"has {length} tokens, 9 of them image rows, where {length - 1} fit"):
         make(tokenizer, max_length=length - 1).prompt([{"role": "user", "content": parts}])
+
+
+def test_a_text_that_cannot_fit_is_not_tokenized(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = [tokenizer.decode([i], skip_special=False) for i in range(400)]
+    assert tokenizer.longest_token >= max(map(len, pieces))
+    processor = make(tokenizer, max_length=50)
+    most = 50 * tokenizer.longest_token
+    for texts in ((most,), (most - 10, 5, 5)):
+        messages = [{"role": "assistant" if n % 2 else "user", "content": "x" * k} for n, k in enumerate(texts)]
+        with pytest.raises(PromptTooLongError, match="tokens"):  # tokenized, and too many
+            processor.prompt(messages)
+        messages[0]["content"] = [{"type": "text", "text": messages[0]["content"]}, {"type": "text", "text": "x"}]
+        with monkeypatch.context() as patch:
+            patch.setattr(Tokenizer, "encode", None)
+            with pytest.raises(PromptTooLongError, match=f"{most + 1} characters, and 50 tokens hold {most} at most"):
+                processor.prompt(messages)
+
+
+@pytest.mark.parametrize("content", [None, 1, [1], [{"type": "text", "text": 1}], [{"type": "text"}]])
+def test_malformed_messages_are_refused_as_such(tokenizer: Tokenizer, content: Any) -> None:
+    with pytest.raises(LlavaError, match="content"):
+        make(tokenizer).prompt([{"role": "user", "content": content}])
 
 
 def test_pack(tokenizer: Tokenizer) -> None:
