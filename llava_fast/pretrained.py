@@ -106,6 +106,14 @@ def find_checkpoint(path_or_hub_id: Path | str) -> Path:
         ) from error
 
 
+def built_in() -> Path:
+    """The directory of the model that ships with the package: small, and it knows the built-in scenes alone.
+
+    It is what the demonstration (``python -m llava_fast.train``) trains, rounded to float16.
+    """
+    return Path(__file__).parent / "built_in"
+
+
 def save(model: Llava, processor: Processor, directory: Path | str, format: str = "hf") -> None:
     """Write a model and its processor into one directory.
 

@@ -15,9 +15,11 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 import llava_fast as lf
 from llava_fast.checkpoint import save_llama, save_model
 from llava_fast.config import TextConfig, VisionConfig
+from llava_fast.data.scenes import held_out
 from llava_fast.errors import CheckpointError, ConfigError
-from llava_fast.pretrained import load, save
+from llava_fast.pretrained import built_in, load, save
 from llava_fast.processor import Processor, Tokenizer
+from llava_fast.train.demo import answer
 from tests.realdata import real_data
 
 # Small, with the vocabulary of the real LLaMA tokenizer.
@@ -177,3 +179,11 @@ def test_hub(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"someone/llava-small.*no directory.*hub repository.*no network here"):
         load("someone/llava-small")
+
+
+def test_the_built_in_model_answers_about_scenes():
+    """Questions whose right answer is known from how the picture was drawn; guessing reaches a quarter of them."""
+    model, processor = load(built_in(), dtype=torch.float32)
+    quizzes = held_out(60, seed=77)
+    said = answer(model, processor, quizzes, [quiz.image for quiz in quizzes])
+    assert sum(text == quiz.answer for text, quiz in zip(said, quizzes, strict=True)) >= 54

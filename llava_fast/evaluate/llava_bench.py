@@ -19,7 +19,7 @@ from llava_fast.evaluate.asking import ask_and_keep
 from llava_fast.evaluate.bench import FILES, SETS, Item, read_bench, scenes_bench
 from llava_fast.evaluate.files import Row, check_writable, digest_of, read_rows, write_object, write_whole
 from llava_fast.evaluate.judge import RuleJudge, judge_questions, judge_texts
-from llava_fast.evaluate.page import write_page
+from llava_fast.evaluate.page import Answerer, write_page
 from llava_fast.evaluate.plots import draw_relative
 from llava_fast.evaluate.results import Item as ResultItem
 from llava_fast.evaluate.results import result
@@ -78,6 +78,14 @@ def add_parser(commands: Any) -> None:
     )
     add_model_options(parser, max_tokens=1024)
     parser.add_argument("--seed", type=int, default=0, help="of the model's draws (default %(default)s)")
+    parser.add_argument("--name", default="candidate", help="what the page calls the model (default %(default)s)")
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        metavar="NAME=FOLDER",
+        default=[],
+        help="show the answers and scores of earlier runs of this set (their --out) beside these on the page",
+    )
     judge = add_teacher_options(
         parser, "judge", "a language model behind an OpenAI-compatible address; scenes have a rule", temperature=0.2
     )
@@ -111,6 +119,7 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
     args.out = args.out or Path("runs") / f"llava-bench-{args.set}"
     texts = judge_texts(args.set, args.judge_prompt, args.judge_system)
     items, files = bench_of(args)
+    beside = beside_of(args)
     answers, subject = answers_of(args, items, stop)
     if args.answers_only:
         print(f"{len(answers)} answers in {args.out / 'answers.jsonl'}; the same command without --answers-only judges")
@@ -120,7 +129,7 @@ def run(args: argparse.Namespace, stop: threading.Event) -> int:
             print(f"[{message['role']}]\n{message['content']}\n")
         return 0
     reviews = reviews_of(args, items, answers, texts, stop)
-    finish(args, items, files, answers, subject, texts, reviews)
+    finish(args, items, files, beside, answers, subject, texts, reviews)
     return 0
 
 
@@ -161,6 +170,26 @@ def bench_of(args: argparse.Namespace) -> tuple[list[Item], list[Path]]:
     return [replace(item, image=image_name(args.images, item.image)) for item in read_bench(*paths)], paths
 
 
+def beside_of(args: argparse.Namespace) -> dict[str, Answerer]:
+    """``--beside``: what earlier runs left in their folders.
+
+    Raises:
+        ConfigError: an entry that is no NAME=FOLDER, or a folder without answers.
+    """
+    found = {}
+    for entry in args.beside:
+        name, sign, folder = entry.partition("=")
+        if not (name and sign and folder) or name in (args.name, *found):
+            raise ConfigError(f"--beside {entry}: give NAME=FOLDER, each with a name of its own")
+        rows = read_rows(Path(folder) / "answers.jsonl", ("question_id", "text"))
+        reviews = Path(folder) / "reviews.jsonl"
+        found[name] = Answerer(
+            {str(row["question_id"]): str(row["text"]) for row in rows},
+            read_reviews([reviews]) if reviews.is_file() else [],
+        )
+    return found
+
+
 def image_name(folder: Path | None, name: str) -> str:
     """The picture's name in the folder, which for COCO's own files begins with the name of the split."""
     longer = f"COCO_val2014_{name}"
@@ -176,6 +205,7 @@ def answers_of(
         missing = [item.id for item in items if item.id not in texts]
         if missing:
             raise ConfigError(f"{args.answers} lacks {len(missing)} of {len(items)} answers, the first is {missing[0]}")
+        write_answers(args.out / "answers.jsonl", items, texts)
         return texts, {"answers": str(args.answers), "blake2b": digest_of(args.answers)}
     check_images(args, items)
     setup, devices = setup_from(args)
@@ -183,9 +213,13 @@ def answers_of(
     found = answer_rows(rows, args.out / "engine.jsonl", setup, devices, stop, overwrite=args.overwrite)
     for number, why in found.failures.items():
         raise ConfigError(f"{len(found.failures)} questions have no answer, the first is {number}: {why}")
-    lines = ({"question_id": item.id, "prompt": item.question, "text": found.texts[item.id]} for item in items)
-    write_whole(args.out / "answers.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+    write_answers(args.out / "answers.jsonl", items, found.texts)
     return found.texts, subject_of(setup)
+
+
+def write_answers(path: Path, items: Sequence[Item], texts: Mapping[str, str]) -> None:
+    lines = ({"question_id": item.id, "prompt": item.question, "text": texts[item.id]} for item in items)
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def check_images(args: argparse.Namespace, items: Sequence[Item]) -> None:
@@ -233,6 +267,7 @@ def finish(
     args: argparse.Namespace,
     items: Sequence[Item],
     files: list[Path],
+    beside: Mapping[str, Answerer],
     answers: Mapping[str, str],
     subject: dict[str, Any],
     texts: tuple[str, str],
@@ -250,7 +285,8 @@ def finish(
         write_object(path, whole)
     runs = relative.by_run(reviews, unparsable=args.unparsable)
     draw_relative(runs, args.out / "scores.png", f"LLaVA-Bench ({args.set}), judged by {settings['judge']}")
-    write_page(args.out / "page.html", items, {"candidate": answers}, reviews, args.images, whole)
+    shown = {**beside, args.name: Answerer(answers, reviews)}
+    write_page(args.out / "page.html", items, shown, args.images, whole, args.unparsable)
     report(args, reviews, paper=args.set)
     print(f"\n{args.out / 'page.html'}: every answer beside its reference and what the judge said")
 

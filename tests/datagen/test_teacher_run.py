@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llava_fast.datagen.__main__ import main
 from llava_fast.datagen.built_in import scene_pictures
@@ -19,6 +21,7 @@ from llava_fast.datagen.pictures import read_pictures
 from llava_fast.datagen.plan import Plan, Task
 from llava_fast.datagen.prompting import read_prompts
 from llava_fast.datagen.rule_teacher import RuleTeacher
+from llava_fast.train.__main__ import main as train
 from tests.datagen.server import PASSING
 from tests.realdata import real_data
 
@@ -67,6 +70,19 @@ def check_output(run, scenes):
     return expected
 
 
+def kill_after(good, run, server, arguments):
+    """Start the command, kill -9 it after so many good answers, and leave what a kill within a write would leave."""
+    command = [sys.executable, "-m", "llava_fast.datagen", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and server.done("good") < good:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (run.out / "instruct.json").exists()
+    with (run.out / "replies.jsonl").open("ab") as file:
+        file.write(b'{"key": "half a li')
+
+
 def test_misbehaving_server(run, serve, capsys):
     server = serve(misbehave, hang=1.5)
     assert run(server, "--scenes", 16, "--at-once", 12, "--timeout", 1) == 0
@@ -89,16 +105,8 @@ def test_killed_and_restarted(run, serve):
     """kill -9 in the middle, twice; the third run ends it, with at most the answers under way paid for twice."""
     server = serve(lambda messages: [entry for entry in misbehave(messages) if entry != "timeout"], delay=0.05)
     arguments = run.options(server, "--scenes", 24, "--at-once", 4)
-    command = [sys.executable, "-m", "llava_fast.datagen", *arguments]
-    for share in (0.25, 0.5):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while process.poll() is None and server.done("good") < share * 72:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert not (run.out / "instruct.json").exists()
-        with (run.out / "replies.jsonl").open("ab") as file:
-            file.write(b'{"key": "half a li')  # as a kill within a write would leave it
+    for good in (18, 36):
+        kill_after(good, run, server, arguments)
     assert main(arguments) == 0
     expected = check_output(run, 24)
     assert server.done("good") <= len(expected) + 2 * 4
@@ -131,7 +139,7 @@ def test_budget_ends_a_run(run, serve, capsys):
 
 
 def test_replays_real_generations(run, serve, tmp_path):
-    """The 90 real GPT-4 generations come out unchanged, through every kind of fault."""
+    """The 90 real GPT-4 generations come out unchanged, through every kind of fault and kill -9; the JSON trains."""
     folder = real_data("llava_bench_coco")
     names = {"conv": "conversation", "detail": "detail", "complex": "reasoning"}
     real = {}
@@ -151,8 +159,14 @@ def test_replays_real_generations(run, serve, tmp_path):
         blocks = f"Question:\n{row['instruction']}\n===\nAnswer:\n{row['output']}"
         good = row["output"] if task.kind.questions == "none" else blocks
         by_context[json.dumps(prompts.messages(task.kind, task.picture))] = good
-    server = serve(lambda m: draw(m, SCRIPTS), answer=lambda m: by_context[json.dumps(m)], hang=1.5)
-    assert run(server, "--pictures", pictures, "--at-once", 8, "--timeout", 1) == 0
+    server = serve(lambda m: draw(m, SCRIPTS), answer=lambda m: by_context[json.dumps(m)], hang=1.5, delay=0.05)
+    arguments = run.options(server, "--pictures", pictures, "--at-once", 8, "--timeout", 1)
+    for good in (25, 50):
+        kill_after(good, run, server, arguments)
+    assert main(arguments) == 0
+    assert server.done("good") <= 90 + 2 * 8
+    keys = [line["key"] for line in run.lines("replies.jsonl")]
+    assert len(keys) == len(set(keys))
     got = {sample["id"]: sample for sample in run.json("instruct.json")}
     assert len(got) == 90
     for (picture, kind), row in real.items():
@@ -160,6 +174,21 @@ def test_replays_real_generations(run, serve, tmp_path):
         assert answers_of(sample) == [row["output"].strip()]
         question = sample["conversations"][0]["value"].replace("<image>", "").strip()
         assert question == row["instruction"].strip() if kind != "detail" else question in prompts.questions
+    for number, row in enumerate(rows):  # COCO's pictures are not at hand: any of their names will do to train on
+        Image.new("RGB", (40, 30), (8 * number, 90, 60)).save(tmp_path / Path(row["image"]).name)
+    tokenizer = real_data("tokenizer", "llama2_tokenizer.model")
+    options = {"recipe": "paper-stage2", "preset": "tiny", "tokenizer": tokenizer, "data": run.out / "instruct.json"}
+    options |= {
+        "images": tmp_path,
+        "out": tmp_path / "trained",
+        "epochs": 1,
+        "batch-size": 45,
+        "lr": 1e-3,
+        "workers": 0,
+    }
+    assert train([word for name, value in options.items() for word in (f"--{name}", str(value))]) == 0
+    summary = json.loads((tmp_path / "trained" / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["final_loss"] < summary["first_loss"]
 
 
 @pytest.mark.parametrize(
