@@ -68,10 +68,19 @@ def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda line: faults.append(line.text) if "Content Security Policy" in line.text else None)
     page.goto(url)
-    page.wait_for_function("document.getElementById('model').textContent || document.querySelector('dialog[open]')")
+    until(page, "document.getElementById('model').textContent || document.querySelector('dialog[open]')")
     yield page
     context.close()
     assert faults == []
+
+
+def until(page: Any, condition: str) -> None:
+    """Wait for a condition in JavaScript, asked through the debugger: the policy forbids Playwright's own way."""
+    for _ in range(500):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError(f"not within ten seconds: {condition}")
 
 
 def picture(number: int = 4) -> bytes:
@@ -106,7 +115,7 @@ def ask(page: Any, question: str) -> None:
 
 def answered(page: Any, turns: int = 1) -> str:
     """The text of the last answer, when it is complete."""
-    page.wait_for_function(f"document.querySelectorAll('{SENT}').length === {turns}")
+    until(page, f"document.querySelectorAll('{SENT}').length === {turns}")
     page.locator(f"{SENT}:last-child .again").wait_for()
     return page.inner_text(f"{SENT}:last-child .answer .text")
 
@@ -166,10 +175,10 @@ def test_answer_streams_stops_and_is_regenerated(page: Any, server: Server, engi
     server.pause = 0.1
     ask(page, DETAIL)
     shown = page.locator(".answer .text")
-    page.wait_for_function("document.querySelector('.answer .text')?.textContent.length > 8")
+    until(page, "document.querySelector('.answer .text')?.textContent.length > 8")
     early = shown.inner_text()
     assert early not in page.inner_text("#status")  # not said token by token
-    page.wait_for_function(f"document.querySelector('.answer .text').textContent.length > {len(early)}")
+    until(page, f"document.querySelector('.answer .text').textContent.length > {len(early)}")
     page.keyboard.press("Escape")
     stopped = answered(page)
     whole = expected_after(server, engine)
@@ -178,7 +187,7 @@ def test_answer_streams_stops_and_is_regenerated(page: Any, server: Server, engi
     page.wait_for_timeout(300)
     assert engine.stats().running == 0
     page.click(".again")
-    page.wait_for_function(f"document.querySelector('.answer .text').textContent.length > {len(stopped)}")
+    until(page, f"document.querySelector('.answer .text').textContent.length > {len(stopped)}")
     assert answered(page) == whole
     assert len(server.bodies) == 2 and server.bodies[0] == server.bodies[1]
 
@@ -194,7 +203,7 @@ def test_last_question_is_edited(page: Any, server: Server) -> None:
     page.keyboard.press("ArrowUp")
     assert page.input_value("#question") == "What color is the circle?"
     ask(page, "What color is the star?")
-    page.wait_for_function("document.querySelector('.asked .text').textContent.includes('star')")
+    until(page, "document.querySelector('.asked .text').textContent.includes('star')")
     answered(page, 1)
     assert [m["content"] for m in server.bodies[-1]["messages"]] == ["What color is the star?"]
 
@@ -224,7 +233,7 @@ def test_more_pictures_than_the_tab_can_store_outlast_a_reload_smaller(page: Any
     noise.save(file, "JPEG", quality=95)
     for count in range(1, 9):
         drop(page, file.getvalue(), f"{count}.jpg", "image/jpeg")
-        page.wait_for_function(f"document.querySelectorAll('#attached li').length === {count}")
+        until(page, f"document.querySelectorAll('#attached li').length === {count}")
     sizes = "conversation.draft.pictures.map(picture => picture.url.length)"
     before = page.evaluate(sizes)
     assert sum(before) > 5_200_000  # or the test would show nothing
@@ -237,7 +246,7 @@ def test_more_pictures_than_the_tab_can_store_outlast_a_reload_smaller(page: Any
 def test_new_conversation_in_the_middle_of_an_answer(page: Any, server: Server, engine: lf.Engine) -> None:
     server.pause = 0.1
     ask(page, DETAIL)
-    page.wait_for_function("document.querySelector('.answer .text')?.textContent")
+    until(page, "document.querySelector('.answer .text')?.textContent")
     page.click("#new")
     page.wait_for_timeout(500)
     assert page.locator(SENT).count() == 0 and page.input_value("#question") == ""
@@ -268,7 +277,7 @@ def test_photo_is_turned_reduced_and_stripped(page: Any, server: Server) -> None
     file = io.BytesIO()
     photo.save(file, "JPEG", exif=exif)
     drop(page, file.getvalue(), "photo.jpg", "image/jpeg")
-    page.locator("text=reduced to 512 × 1024").wait_for()
+    page.locator("#attached >> text=reduced to 512 \u00d7 1024").wait_for()
     ask(page, "How many shapes are there?")
     answered(page)
     url = server.bodies[0]["messages"][0]["content"][0]["image_url"]["url"]
@@ -313,13 +322,13 @@ def test_server_gone_puts_the_question_back(browser: Any, engine: lf.Engine) -> 
 def test_connection_lost_in_mid_answer_keeps_what_came(page: Any, server: Server) -> None:
     server.pause = 0.1
     ask(page, DETAIL)
-    page.wait_for_function("document.querySelector('.answer .text')?.textContent.length > 8")
+    until(page, "document.querySelector('.answer .text')?.textContent.length > 8")
     server.cut()
     page.locator(".broken .remark >> text=broke off").wait_for()
     assert len(answered(page)) > 8
     server.pause = 0.0
     page.click(".again")
-    page.wait_for_function("!document.querySelector('.broken')")
+    until(page, "!document.querySelector('.broken')")
     answered(page)
 
 
@@ -341,9 +350,7 @@ def test_too_long_is_said_in_words(page: Any) -> None:
         (502, None, "The server failed"),
     ],
 )
-def test_refusals_in_words_and_another_try(
-    page: Any, status: int, error: dict[str, str] | None, words: str
-) -> None:
+def test_refusals_in_words_and_another_try(page: Any, status: int, error: dict[str, str] | None, words: str) -> None:
     body = json.dumps({"error": error}) if error else "<html>Bad gateway</html>"
     page.route(
         "**/v1/chat/completions",
@@ -382,9 +389,9 @@ def test_key_is_asked_for_kept_in_the_tab_and_forgotten(browser: Any, engine: lf
             page.locator("#key-why >> text=not accepted").wait_for()
             page.fill("#key", "right-key")
             page.keyboard.press("Enter")
-            page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+            until(page, "document.getElementById('model').textContent === 'tiny'")
             page.reload()
-            page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+            until(page, "document.getElementById('model').textContent === 'tiny'")
             ask(page, "How many shapes are there?")
             answered(page)
             page.click("#settings")
@@ -461,11 +468,18 @@ def check(page: Any, axe: str) -> None:
 
 def test_keyboard_alone(page: Any) -> None:
     order = []
-    page.evaluate("document.activeElement.blur()")
-    for _ in range(6):
+    for _ in range(7):  # from the question box, where the focus is at the start
         page.keyboard.press("Tab")
         order.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
-    assert order[:4] == ["skip", "new", "settings", "theme"]  # there is nothing to save yet
+    assert order == [
+        "pick",
+        "send",
+        "",
+        "skip",
+        "new",
+        "settings",
+        "theme",
+    ]  # "": the browser; there is nothing to save
     page.focus("#question")
     page.keyboard.type("How many")
     page.keyboard.press("Shift+Enter")
