@@ -39,7 +39,7 @@ class Server:
         step = engine.step
 
         def slow_step() -> bool:
-            if self.pause and engine.stats().running:
+            if self.pause:
                 time.sleep(self.pause)
             return step()
 

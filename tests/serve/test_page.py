@@ -117,7 +117,9 @@ def answered(page: Any, turns: int = 1) -> str:
     """The text of the last answer, when it is complete."""
     until(page, f"document.querySelectorAll('{SENT}').length === {turns}")
     page.locator(f"{SENT}:last-child .again").wait_for()
-    return page.inner_text(f"{SENT}:last-child .answer .text")
+    text = page.inner_text(f"{SENT}:last-child .answer .text")
+    assert text
+    return text
 
 
 def expected(engine: lf.Engine, *turns: str) -> str:
@@ -243,13 +245,17 @@ def test_more_pictures_than_the_tab_can_store_outlast_a_reload_smaller(page: Any
     assert "smaller" in page.inner_text("#attached li >> nth=0")
 
 
-def test_new_conversation_in_the_middle_of_an_answer(page: Any, server: Server, engine: lf.Engine) -> None:
-    server.pause = 0.1
+@pytest.mark.parametrize("when", [" !== undefined", ".length > 8"], ids=["before the first word", "after it"])
+def test_new_conversation_while_an_answer_is_on_its_way(
+    page: Any, server: Server, engine: lf.Engine, when: str
+) -> None:
+    server.pause = 0.3
     ask(page, DETAIL)
-    until(page, "document.querySelector('.answer .text')?.textContent")
+    until(page, f"document.querySelector('.answer .text')?.textContent{when}")
     page.click("#new")
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(700)
     assert page.locator(SENT).count() == 0 and page.input_value("#question") == ""
+    assert page.locator("#notice").is_hidden()
     assert engine.stats().running == 0
     server.pause = 0.0
     ask(page, "How many shapes are there?")
