@@ -179,7 +179,7 @@ async function loadModels() {
 async function chosenModel() {
   if (!models.length) await loadModels();
   if (!models.length) throw new Refusal("The server has no model.");
-  return models.length > 1 ? $("models").value : models[0].id;
+  return $("models").value;
 }
 
 /** Ask the user for a key. @param {boolean} wrong whether one was sent and refused */
@@ -534,7 +534,7 @@ function listen() {
   addEventListener("keydown", onKey);
   $("keep").onclick = keepAsItWas;
   $("new").onclick = startAnew;
-  $("save").onclick = () => saveConversation(conversation.turns, models[0]?.id ?? null, settings);
+  $("save").onclick = () => saveConversation(conversation.turns, $("models").value || null, settings);
   $("theme").onclick = () => { toggleTheme(); showTheme(); };
   systemIsDark.onchange = showTheme;
   $("retry").onclick = () => retry?.();
