@@ -1,28 +1,23 @@
-"""As much of OpenAI's API as the page uses, on a real engine over loopback, for the tests of the page."""
+"""The server as the tests of the page want it: slow when told to, breaking off, its requests kept."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import contextlib
 import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import JSONResponse
+from starlette.routing import Mount
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import llava_fast as lf
-from llava_fast.errors import LlavaError, PromptTooLongError, QueueFullError
-from llava_fast.serve.page import page_route
+from llava_fast.serve import Settings, create_app
 
 
 class Server:
@@ -35,7 +30,8 @@ class Server:
     """
 
     def __init__(self, engine: lf.Engine, *, key: str = "", prefix: str = ""):
-        self.engine, self.pause, self.bodies = engine, 0.0, []
+        self.engine, self.pause = engine, 0.0
+        self.bodies: list[dict[str, Any]] = []
         step = engine.step
 
         def slow_step() -> bool:
@@ -44,15 +40,12 @@ class Server:
             return step()
 
         engine.step = slow_step  # type: ignore[method-assign]
-        routes: list[Any] = [
-            page_route(),
-            Route("/v1/models", self._models),
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-        ]
-        app = Starlette(
-            routes=[Mount(prefix, routes=routes)] if prefix else routes,
-            middleware=[Middleware(_Keyed, key=key)] if key else [],
-        )
+        app: ASGIApp = create_app(engine, Settings(model_name="tiny"))
+        if prefix:
+            app = Starlette(routes=[Mount(prefix, app=app)])
+        if key:
+            app = _Keyed(app, key)
+        app = _Recorded(app, self.bodies)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}{prefix}/"
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
@@ -77,56 +70,31 @@ class Server:
         self._thread.join(10)
         del self.engine.step  # type: ignore[misc]
 
-    async def _models(self, request: HttpRequest) -> Response:
-        return JSONResponse({"data": [{"id": "tiny", "max_model_len": self.engine.max_length}]})
 
-    async def _chat(self, request: HttpRequest) -> Response:
-        body = await request.json()
-        self.bodies.append(body)
-        sampling = lf.SamplingParams(**{name: body[name] for name in ("temperature", "top_p", "max_tokens")})
-        handle = None
-        try:
-            handle = self.engine.submit(lf.Request(messages=_messages(body["messages"]), sampling=sampling))
-            deltas = aiter(handle)
-            first = await anext(deltas)
-        except LlavaError as error:
-            codes = {PromptTooLongError: "context_length_exceeded", QueueFullError: "overloaded"}
-            status = 503 if isinstance(error, QueueFullError) else 400
-            return JSONResponse({"error": {"message": str(error), "code": codes.get(type(error))}}, status)
-        return StreamingResponse(_events(handle, first, deltas), media_type="text/event-stream")
+class _Recorded:
+    """Keeps the bodies of chat requests, as they went by."""
 
+    def __init__(self, app: ASGIApp, bodies: list[dict[str, Any]]):
+        self.app, self.bodies = app, bodies
 
-async def _events(handle: lf.Handle, first: lf.Delta, deltas: AsyncIterator[lf.Delta]) -> AsyncIterator[str]:
-    tokens = 0
-    try:
-        delta: lf.Delta | None = first
-        while delta is not None:
-            tokens += len(delta.token_ids)
-            choice = {"delta": {"content": delta.text}, "finish_reason": delta.finish_reason}
-            yield f"data: {json.dumps({'choices': [choice]})}\n\n"
-            await asyncio.sleep(0)
-            delta = await anext(deltas, None)
-        yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': tokens}})}\n\ndata: [DONE]\n\n"
-    finally:
-        handle.cancel()
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].endswith("/chat/completions"):
+            return await self.app(scope, receive, send)
+        chunks: list[bytes] = []
 
+        async def listen() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                chunks.append(message.get("body", b""))
+                if not message.get("more_body"):
+                    self.bodies.append(json.loads(b"".join(chunks)))
+            return message
 
-def _messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """OpenAI's pictures, as data URIs, to bytes."""
-
-    def part(given: dict[str, Any]) -> dict[str, Any]:
-        if given["type"] == "text":
-            return given
-        return {"type": "image", "image": base64.b64decode(given["image_url"]["url"].split(",")[1])}
-
-    return [
-        m if isinstance(m["content"], str) else {"role": m["role"], "content": [part(p) for p in m["content"]]}
-        for m in messages
-    ]
+        await self.app(scope, listen, send)
 
 
 class _Keyed:
-    """The page is open, the API asks for a key."""
+    """The page is open, as behind a proxy that serves it, and the API asks for a key."""
 
     def __init__(self, app: ASGIApp, key: str):
         self.app, self.wanted = app, f"Bearer {key}".encode()
