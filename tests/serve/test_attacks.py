@@ -647,7 +647,8 @@ def test_slow_bodies(server: Server, headers: bytes):
     connections = held(server, start(headers=headers))
     server.check_honest()
     said = drip(connections, b"1\r\n \r\n" if b"chunked" in headers else b" ")
-    assert all(Said(one).status == 408 for one in said)
+    statuses = {Said(one).status for one in said}  # 0: what was sent after the end reset the connection first
+    assert 408 in statuses and statuses <= {408, 0}
 
 
 def test_slow_readers(server: Server):
