@@ -18,6 +18,7 @@ from llava_fast.engine.host_decoder import HostDecoder
 from llava_fast.engine.images import FeatureCache, PreparedImage
 from llava_fast.engine.inputs import BlockTables, StepInputs, build, image_rows
 from llava_fast.engine.kv_cache import FP8, KVCache
+from llava_fast.engine.native_decoder import NativeDecoder
 from llava_fast.engine.prompt import Prompt
 from llava_fast.engine.request import SamplingParams
 from llava_fast.engine.sampler import Logprobs, Sampler
@@ -71,8 +72,10 @@ class Runner:
         context = model.config.text.max_position_embeddings
         self.max_length = min(config.max_length or context, context)
         self.tables = BlockTables(config.max_sequences, -(-self.max_length // config.block_size))
-        self.host_decoder: HostDecoder | None = None
-        if model.device.type == "cpu" and self.cache.memory.dtype is not FP8 and HostDecoder.fits(model):
+        self.host_decoder: NativeDecoder | HostDecoder | None = None
+        if model.device.type == "cpu" and NativeDecoder.fits(model, self.cache):
+            self.host_decoder = NativeDecoder(model, self.cache, self.max_length)
+        elif model.device.type == "cpu" and self.cache.memory.dtype is not FP8 and HostDecoder.fits(model):
             self.host_decoder = HostDecoder(model, self.cache, self.max_length)
         self.stream: torch.cuda.Stream | None = None
         self.decode_graphs: DecodeGraphs | None = None
