@@ -141,7 +141,7 @@ class Handle:
     """A CPU handle: its threads and instruction set. One thread uses it at a time.
 
     Args:
-        threads: that a call may use; None: as many as torch uses, but no more than the processors this process may run on.
+        threads: that a call may use; None: as many as torch uses, but no more than this process has processors.
         instructions: "portable", "avx2", "avx512", "avx512vnni" or "neon"; None: the best there is.
 
     Raises:
@@ -156,7 +156,8 @@ class Handle:
         self.library = library
         if library.lk_create(byref(self._handle), -1):
             raise LibraryError(library.lk_last_error(None).decode())
-        self.check(library.lk_set_threads(self._handle, threads or default_threads()))
+        self.threads = threads or default_threads()
+        self.check(library.lk_set_threads(self._handle, self.threads))
         self.check(library.lk_set_instructions(self._handle, instructions.encode() if instructions else None))
 
     @property
@@ -168,10 +169,19 @@ class Handle:
             raise LibraryError(self.library.lk_last_error(self._handle).decode())
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x: (rows, K) float32 or bfloat16, its rows contiguous -> (rows, N) in its dtype."""
+        """x: (rows, K) float32 or bfloat16, its rows contiguous; bias: (N,) in its dtype -> (rows, N) in its dtype.
+
+        Raises:
+            LibraryError: a size that cannot be.
+        """
         out = x.new_empty(x.shape[0], weight.out_features)
         args = LinearArgs(
-            dtype=DTYPES[x.dtype], rows=x.shape[0], weight=weight, x=x.data_ptr(), x_stride=x.stride(0), out=out.data_ptr()
+            dtype=DTYPES[x.dtype],
+            rows=x.shape[0],
+            weight=weight,
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            out=out.data_ptr(),
         )
         if bias is not None:
             args.bias = bias.data_ptr()

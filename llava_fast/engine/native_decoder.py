@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,21 +24,8 @@ class NativeDecoder:
     def __init__(self, model: Llava, cache: KVCache, max_length: int):
         decoder, text = model.decoder, model.config.text
         cos, sin = (table.contiguous() for table in decoder.angles(torch.arange(max_length)))
-        layers = (library.Layer * len(decoder.layers))(
-            *(
-                library.Layer(
-                    attention_norm=layer.attention_norm.weight.data_ptr(),
-                    qkv=_weight(layer.qkv),
-                    out=_weight(layer.out),
-                    mlp_norm=layer.mlp_norm.weight.data_ptr(),
-                    gate_up=_weight(layer.gate_up),
-                    down=_weight(layer.down),
-                    k_cache=keys.data_ptr(),
-                    v_cache=values.data_ptr(),
-                )
-                for layer, (keys, values) in zip(decoder.layers, cache.layers, strict=True)
-            )
-        )
+        described = [_layer(*of) for of in zip(decoder.layers, cache.layers, strict=True)]
+        layers = (library.Layer * len(described))(*described)
         keys = cache.layers[0][0]  # (blocks, block_size, kv_heads, head_dim)
         args = library.DecoderArgs(
             dtype=library.DTYPES[model.dtype],
@@ -60,10 +49,12 @@ class NativeDecoder:
             cache_head_stride=keys.stride(2),
         )
         self.vocab_size = text.vocab_size
-        self._decoder = library.Decoder(library.Handle(), args, keep=(model, cache, cos, sin, layers))
+        handle = library.Handle()
+        self.instructions, self.threads = handle.instructions, handle.threads
+        self._decoder = library.Decoder(handle, args, keep=(model, cache, cos, sin, layers))
 
     @staticmethod
-    def fits(model: Llava, cache: KVCache) -> bool:
+    def fits(model: Llava) -> bool:
         """Whether the library is there and takes this model: float32 and bfloat16, plain, int8 and int4."""
         text = model.config.text
         if dispatch.chosen() not in ("auto", "native") or library.load() is None:
@@ -71,7 +62,6 @@ class NativeDecoder:
         products = [m for m in model.decoder.modules() if isinstance(m, QuantizedLinear)]
         return (
             model.dtype in library.DTYPES
-            and cache.memory.dtype in library.DTYPES
             and all(m.kind in ("int8", "int4") for m in products)
             and text.head_dim % 2 == 0
             and text.head_dim <= 256
@@ -105,6 +95,19 @@ class NativeDecoder:
         logits = torch.empty(hidden.shape[0], self.vocab_size)
         self._decoder.head(hidden.shape[0], hidden.data_ptr(), logits.data_ptr())
         return logits
+
+
+def _layer(layer: Any, cache: tuple[Tensor, Tensor]) -> library.Layer:
+    """layer: a DecoderLayer; cache: its keys and values."""
+    described = library.Layer(
+        attention_norm=layer.attention_norm.weight.data_ptr(),
+        mlp_norm=layer.mlp_norm.weight.data_ptr(),
+        k_cache=cache[0].data_ptr(),
+        v_cache=cache[1].data_ptr(),
+    )
+    for name in ("qkv", "out", "gate_up", "down"):
+        setattr(described, name, _weight(getattr(layer, name)))
+    return described
 
 
 def _weight(linear: torch.nn.Module) -> library.Weight:
