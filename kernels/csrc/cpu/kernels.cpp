@@ -167,6 +167,8 @@ void tile(const lk_weight &weight, int64_t n, const float *x, int64_t stride, in
     const char *w[N];
     const int64_t row = (weight.row_stride ? weight.row_stride : weight.in_features) * W::SIZE;
     for (int i = 0; i < N; i++) w[i] = (const char *)weight.data + (n + i) * row + from * W::SIZE;
+    // Short rows end before the processor has seen that they are read in order: the next tile's are asked for instead.
+    const int64_t ahead = row <= 4096 ? N * row : 1024;
     int64_t k = from;
     if constexpr (M == 1) { // two sets of sums: one alone would wait for itself
         vf second[M][N] = {};
@@ -174,7 +176,7 @@ void tile(const lk_weight &weight, int64_t n, const float *x, int64_t stride, in
             const char *next[N];
             for (int i = 0; i < N; i++) {
                 next[i] = w[i] + W::STEP * W::SIZE;
-                __builtin_prefetch(w[i] + 768);
+                __builtin_prefetch(w[i] + ahead);
             }
             W::template step<M, N>(total, x + k, stride, w);
             W::template step<M, N>(second, x + k + W::STEP, stride, next);
@@ -235,6 +237,7 @@ void tile_int8(const lk_weight &weight, int64_t n, const Panel &panel, int64_t r
                bool add) {
     const int64_t bytes = panel.groups * lk::QUANTUM;
     const uint8_t *w = (const uint8_t *)weight.data + n * bytes;
+    const int64_t ahead = bytes <= 4096 ? N * bytes : 1024;
     i8 total[M][N];
     typedef float f8 __attribute__((vector_size(32)));
     f8 real[M][N] = {};
@@ -246,7 +249,7 @@ void tile_int8(const lk_weight &weight, int64_t n, const Panel &panel, int64_t r
         for (int j = 0; j < 4; j++) // 16 words of 16 bits hold values 16 j.. in their lower and 64 + 16 j.. in their upper halves
             for (int i = 0; i < N; i++) {
                 const uint8_t *from = w + i * bytes + g * lk::QUANTUM + 32 * j;
-                if (M == 1) __builtin_prefetch(from + 768);
+                if (M == 1) __builtin_prefetch(from + ahead);
                 const h16 words = load<h16>(from);
                 const h16 low = words & 255, high = words >> 8;
                 for (int m = 0; m < M; m++) {
@@ -269,11 +272,21 @@ void tile_int8(const lk_weight &weight, int64_t n, const Panel &panel, int64_t r
         }
 }
 
+template <int N>
+INLINE f4 some_bf16(const uint16_t *from) {
+    typedef uint16_t h4 __attribute__((vector_size(8)));
+    typedef uint32_t u4 __attribute__((vector_size(16)));
+    h4 half = {};
+    memcpy(&half, from, N * sizeof *from);
+    return (f4)(__builtin_convertvector(half, u4) << 16);
+}
+
 template <int M, int N>
 void tile_int4(const lk_weight &weight, int64_t n, const Panel &panel, int64_t row, float *out, int64_t out_stride,
                bool add) {
     const int64_t group = weight.group_size, plane = group / 4, bytes = panel.groups * group / 2;
     const uint8_t *w = (const uint8_t *)weight.data + n * bytes;
+    const int64_t ahead = bytes <= 4096 ? N * bytes : 1024;
     f4 real[M] = {};
     for (int64_t g = 0; g < panel.groups; g++) {
         const int64_t at = row * panel.groups + g;
@@ -282,7 +295,7 @@ void tile_int4(const lk_weight &weight, int64_t n, const Panel &panel, int64_t r
         for (int64_t j = 0; j < plane; j += 16) // 16 words of 16 bits hold 16 neighbours of each of the four planes
             for (int i = 0; i < N; i++) {
                 const uint8_t *from = w + i * bytes + g * group / 2 + 2 * j;
-                if (M == 1) __builtin_prefetch(from + 512);
+                if (M == 1) __builtin_prefetch(from + ahead);
                 const h16 words = load<h16>(from);
                 const h16 codes[4] = {words & 15, words >> 4 & 15, words >> 8 & 15, words >> 12};
                 for (int m = 0; m < M; m++)
@@ -290,11 +303,8 @@ void tile_int4(const lk_weight &weight, int64_t n, const Panel &panel, int64_t r
                         total[m][i] =
                             multiply_add(total[m][i], codes[p], load<h16>(x + m * panel.stride + p * plane + j));
             }
-        f4 scale = {}, offset = {};
-        for (int i = 0; i < N; i++) {
-            scale[i] = from_bf16(((const uint16_t *)weight.group_scale)[g * weight.out_features + n + i]);
-            offset[i] = from_bf16(((const uint16_t *)weight.group_offset)[g * weight.out_features + n + i]);
-        }
+        const f4 scale = some_bf16<N>((const uint16_t *)weight.group_scale + g * weight.out_features + n);
+        const f4 offset = some_bf16<N>((const uint16_t *)weight.group_offset + g * weight.out_features + n);
         for (int m = 0; m < M; m++) {
             const i4 whole = sums(total[m][0], total[m][1], total[m][2], total[m][3]);
             real[m] += __builtin_convertvector(whole, f4) * (scale * panel.scale[at + m * panel.groups]) +
