@@ -9,8 +9,7 @@ using lk::Panel;
 using lk::Source;
 
 constexpr int64_t PAIR = 2 * L; // bfloat16 values that are read at a time
-// Rows of x and of the weight that are multiplied at a time, as the registers allow.
-constexpr int ROWS = 4, WIDE = 4, NARROW = L == 8 ? 3 : 4;
+constexpr int ROWS = 3, WIDE = 4; // of x and of the weight, multiplied at a time: 12 sums and 4 operands fill 16 registers
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -109,11 +108,11 @@ struct Float32 {
     static constexpr int64_t SIZE = 4;
     template <int M, int N>
     static INLINE void step(vf (&total)[M][N], const float *x, int64_t stride, const char *const (&w)[N]) {
-        vf wide[N];
-        for (int n = 0; n < N; n++) wide[n] = load<vf>(w[n]);
-        for (int m = 0; m < M; m++) {
-            const vf v = load<vf>(x + m * stride);
-            for (int n = 0; n < N; n++) total[m][n] += v * wide[n];
+        vf v[M];
+        for (int m = 0; m < M; m++) v[m] = load<vf>(x + m * stride);
+        for (int n = 0; n < N; n++) {
+            const vf wide = load<vf>(w[n]);
+            for (int m = 0; m < M; m++) total[m][n] += v[m] * wide;
         }
     }
 };
@@ -123,38 +122,31 @@ struct Bfloat16 {
     static constexpr int64_t SIZE = 2;
     template <int M, int N>
     static INLINE void step(vf (&total)[M][N], const float *x, int64_t stride, const char *const (&w)[N]) {
-        vf part[N];
-        for (int n = 0; n < N; n++) part[n] = (vf)(load<vu>(w[n]) << 16);
-        for (int m = 0; m < M; m++) {
-            const vf v = load<vf>(x + m * stride);
-            for (int n = 0; n < N; n++) total[m][n] += v * part[n];
+        vf v[M];
+        for (int m = 0; m < M; m++) v[m] = load<vf>(x + m * stride);
+        for (int n = 0; n < N; n++) {
+            const vf even = (vf)(load<vu>(w[n]) << 16);
+            for (int m = 0; m < M; m++) total[m][n] += v[m] * even;
         }
-        for (int n = 0; n < N; n++) part[n] = (vf)(load<vu>(w[n]) & 0xffff0000u);
-        for (int m = 0; m < M; m++) {
-            const vf v = load<vf>(x + m * stride + L);
-            for (int n = 0; n < N; n++) total[m][n] += v * part[n];
+        for (int m = 0; m < M; m++) v[m] = load<vf>(x + m * stride + L);
+        for (int n = 0; n < N; n++) {
+            const vf odd = (vf)(load<vu>(w[n]) & 0xffff0000u);
+            for (int m = 0; m < M; m++) total[m][n] += v[m] * odd;
         }
     }
 };
 
 template <int M, int N>
 INLINE void put(const vf (&total)[M][N], float *out, int64_t stride, bool add) {
-    if constexpr (M == 4 && N != 4) { // added up over rows: no sum is of nothing
-        for (int n = 0; n < N; n++) {
-            const f4 column = sums(total[0][n], total[1][n], total[2][n], total[3][n]);
-            for (int m = 0; m < M; m++) out[m * stride + n] = add ? out[m * stride + n] + column[m] : column[m];
-        }
-    } else {
-        const vf none = {};
-        for (int m = 0; m < M; m++) {
-            if constexpr (N == 1) {
-                const float one = sum(total[m][0]);
-                out[m * stride] = add ? out[m * stride] + one : one;
-            } else {
-                f4 row = sums(total[m][0], total[m][1], N > 2 ? total[m][N > 2 ? 2 : 0] : none,
-                              N > 3 ? total[m][N > 3 ? 3 : 0] : none);
-                for (int n = 0; n < N; n++) out[m * stride + n] = add ? out[m * stride + n] + row[n] : row[n];
-            }
+    for (int m = 0; m < M; m++) {
+        float *to = out + m * stride;
+        if constexpr (N == 4) {
+            const f4 row = sums(total[m][0], total[m][1], total[m][2], total[m][3]);
+            store(to, add ? load<f4>(to) + row : row);
+        } else {
+            static_assert(N == 1);
+            const float one = sum(total[m][0]);
+            *to = add ? *to + one : one;
         }
     }
 }
@@ -201,14 +193,11 @@ template <class W, int N>
 void tiles(const lk_weight &weight, int64_t n, const float *x, int64_t stride, int64_t rows, int64_t from, int64_t to,
            float *out, int64_t out_stride, bool add) {
     int64_t m = 0;
-    for (; m + ROWS <= rows; m += ROWS)
+    for (; rows - m >= ROWS && rows - m != 4; m += ROWS)
         tile<W, ROWS, N>(weight, n, x + m * stride, stride, from, to, out + m * out_stride, out_stride, add);
-    x += m * stride, out += m * out_stride;
-    switch (rows - m) {
-    case 1: return tile<W, 1, N>(weight, n, x, stride, from, to, out, out_stride, add);
-    case 2: return tile<W, 2, N>(weight, n, x, stride, from, to, out, out_stride, add);
-    case 3: return tile<W, 3, N>(weight, n, x, stride, from, to, out, out_stride, add);
-    }
+    for (; rows - m >= 2; m += 2) // four are two and two
+        tile<W, 2, N>(weight, n, x + m * stride, stride, from, to, out + m * out_stride, out_stride, add);
+    if (m < rows) tile<W, 1, N>(weight, n, x + m * stride, stride, from, to, out + m * out_stride, out_stride, add);
 }
 
 template <class W>
@@ -221,11 +210,8 @@ void float_products(const lk_weight &weight, const float *x, int64_t stride, int
         const int64_t to = least(width, from + piece);
         const bool more = add || from > 0;
         int64_t n = 0;
-        if (rows < ROWS)
-            for (; n + WIDE <= count; n += WIDE)
-                tiles<W, WIDE>(weight, first + n, x, stride, rows, from, to, out + n, out_stride, more);
-        for (; n + NARROW <= count; n += NARROW)
-            tiles<W, NARROW>(weight, first + n, x, stride, rows, from, to, out + n, out_stride, more);
+        for (; n + WIDE <= count; n += WIDE)
+            tiles<W, WIDE>(weight, first + n, x, stride, rows, from, to, out + n, out_stride, more);
         for (; n < count; n++) tiles<W, 1>(weight, first + n, x, stride, rows, from, to, out + n, out_stride, more);
     }
 }
@@ -426,24 +412,22 @@ INLINE void scores(const float *const *q, const float *k, int64_t k_stride, int6
     }
 }
 
-template <int R>
+template <int R, int V>
 INLINE void weigh(const float *p, const float *v, int64_t v_stride, int64_t tokens, int64_t dim, const float *shrink,
                   float *out) {
     int64_t d = 0;
-    for (; d + 2 * L <= dim; d += 2 * L) {
-        vf total[R][2];
+    for (; d + V * L <= dim; d += V * L) {
+        vf total[R][V];
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < 2; i++) total[r][i] = load<vf>(out + r * lk::MAX_HEAD_DIM + d + i * L) * shrink[r];
+            for (int i = 0; i < V; i++) total[r][i] = load<vf>(out + r * lk::MAX_HEAD_DIM + d + i * L) * shrink[r];
         for (int64_t t = 0; t < tokens; t++) {
-            const vf a = load<vf>(v + t * v_stride + d), b = load<vf>(v + t * v_stride + d + L);
-            for (int r = 0; r < R; r++) {
-                const float weight = p[r * lk::KEY_TILE + t];
-                total[r][0] += a * weight;
-                total[r][1] += b * weight;
-            }
+            vf value[V];
+            for (int i = 0; i < V; i++) value[i] = load<vf>(v + t * v_stride + d + i * L);
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < V; i++) total[r][i] += value[i] * p[r * lk::KEY_TILE + t];
         }
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < 2; i++) store(out + r * lk::MAX_HEAD_DIM + d + i * L, total[r][i]);
+            for (int i = 0; i < V; i++) store(out + r * lk::MAX_HEAD_DIM + d + i * L, total[r][i]);
     }
     for (; d < dim; d++)
         for (int r = 0; r < R; r++) {
@@ -457,12 +441,15 @@ INLINE void weigh(const float *p, const float *v, int64_t v_stride, int64_t toke
 const float *gathered(const Attention &task, const void *cache, int64_t first, int64_t count, float *copy,
                       int64_t *stride) {
     const int64_t size = task.cache_dtype == LK_FLOAT32 ? 4 : 2;
-    const bool one_block = first / task.block_size == (first + count - 1) / task.block_size;
+    const int64_t block = first / task.block_size, last = (first + count - 1) / task.block_size;
+    // The engine hands out blocks that follow one another where it can.
+    bool in_one_piece = task.block_stride == task.block_size * task.token_stride || block == last;
+    for (int64_t b = block; b < last; b++) in_one_piece &= task.table[b + 1] == task.table[b] + 1;
     const char *base = (const char *)cache;
-    if (size == 4 && one_block) {
+    if (size == 4 && in_one_piece) {
         *stride = task.token_stride;
-        return (const float *)(base + (task.table[first / task.block_size] * task.block_stride +
-                                       first % task.block_size * task.token_stride) * size);
+        return (const float *)(base +
+                               (task.table[block] * task.block_stride + first % task.block_size * task.token_stride) * size);
     }
     *stride = task.head_dim;
     for (int64_t t = 0; t < count; t++) {
@@ -490,7 +477,7 @@ void attend(const Attention &task, float *scratch) {
     }
     const int64_t keys = task.first + (rows - 1) / task.group + 1;
     for (int64_t begin = 0; begin < keys; begin += KEY_TILE) {
-        const int64_t count = least(KEY_TILE, keys - begin);
+        const int64_t count = least(KEY_TILE, keys - begin), padded = (count + L - 1) / L * L;
         int64_t k_stride, v_stride;
         const float *k = gathered(task, task.k, begin, count, k_copy, &k_stride);
         const float *v = gathered(task, task.v, begin, count, v_copy, &v_stride);
@@ -508,16 +495,16 @@ void attend(const Attention &task, float *scratch) {
         for (int64_t r = 0; r < rows; r++) {
             float *row = p + r * KEY_TILE;
             const int64_t seen = least(count, task.first + r / task.group + 1 - begin); // may be none
-            for (int64_t t = seen > 0 ? seen : 0; t < KEY_TILE; t++) row[t] = -__builtin_inff();
+            for (int64_t t = seen > 0 ? seen : 0; t < padded; t++) row[t] = -__builtin_inff();
             vf highest = all(most[r]);
-            for (int64_t t = 0; t < KEY_TILE; t += L) {
+            for (int64_t t = 0; t < padded; t += L) {
                 const vf s = load<vf>(row + t) * factor;
                 store(row + t, s);
                 highest = larger(highest, s);
             }
             const float now = largest(highest);
             vf added = {};
-            for (int64_t t = 0; t < KEY_TILE; t += L) {
+            for (int64_t t = 0; t < padded; t += L) {
                 const vf e = exponential(load<vf>(row + t) - now);
                 store(row + t, e);
                 added += e;
@@ -528,8 +515,8 @@ void attend(const Attention &task, float *scratch) {
         }
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4)
-            weigh<4>(p + r * KEY_TILE, v, v_stride, count, dim, shrink + r, out + r * MAX_HEAD_DIM);
-        for (; r < rows; r++) weigh<1>(p + r * KEY_TILE, v, v_stride, count, dim, shrink + r, out + r * MAX_HEAD_DIM);
+            weigh<4, 2>(p + r * KEY_TILE, v, v_stride, count, dim, shrink + r, out + r * MAX_HEAD_DIM);
+        for (; r < rows; r++) weigh<1, 4>(p + r * KEY_TILE, v, v_stride, count, dim, shrink + r, out + r * MAX_HEAD_DIM);
     }
     for (int64_t r = 0; r < rows; r++) {
         float *to = task.out + r / task.group * task.out_stride + r % task.group * dim;
