@@ -31,6 +31,3 @@ const char *lk_pointer_type(lk_dtype dtype) {
     return NULL;
 }
 
-lk_status lk_no_cpu(lk_handle *handle, const char *op) {
-    return lk_fail(handle, LK_UNSUPPORTED, "%s has no CPU version", op);
-}

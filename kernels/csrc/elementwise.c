@@ -1,4 +1,5 @@
 /* rms_norm, rope, swiglu. */
+#include "cpu/cpu.h"
 #include "ops.h"
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -11,7 +12,7 @@ lk_status lk_rms_norm(lk_handle *handle, const lk_rms_norm_args *args, lk_stream
     CHECK_POINTERS(handle, {"x", args->x}, {"weight", args->weight}, {"out", args->out});
     if (!args->residual != !args->sum)
         return lk_fail(handle, LK_INVALID_ARGUMENT, "residual and sum go together: one of them is NULL");
-    if (handle->device == LK_CPU) return lk_no_cpu(handle, "rms_norm");
+    if (handle->device == LK_CPU) return lk_cpu_rms_norm(handle, args);
 
     const char *type = lk_pointer_type(args->dtype);
     struct lk_values values = VALUES(
@@ -42,7 +43,7 @@ lk_status lk_rope(lk_handle *handle, const lk_rope_args *args, lk_stream stream)
         return lk_fail(handle, LK_INVALID_ARGUMENT, "head_dim is %lld, which is odd", (long long)args->head_dim);
     if (args->tokens * args->heads == 0) return LK_OK;
     CHECK_POINTERS(handle, {"x", args->x}, {"cos", args->cos}, {"sin", args->sin}, {"out", args->out});
-    if (handle->device == LK_CPU) return lk_no_cpu(handle, "rope");
+    if (handle->device == LK_CPU) return lk_cpu_rope(handle, args);
 
     const char *type = lk_pointer_type(args->dtype);
     int64_t x_head = lk_or(args->x_head_stride, args->head_dim), out_head = lk_or(args->out_head_stride, args->head_dim);
@@ -74,7 +75,7 @@ lk_status lk_swiglu(lk_handle *handle, const lk_swiglu_args *args, lk_stream str
     CHECK_SIZES(handle, {"rows", args->rows, 0}, {"inner", args->inner, 1});
     if (args->rows == 0) return LK_OK;
     CHECK_POINTERS(handle, {"gate_up", args->gate_up}, {"out", args->out});
-    if (handle->device == LK_CPU) return lk_no_cpu(handle, "swiglu");
+    if (handle->device == LK_CPU) return lk_cpu_swiglu(handle, args);
 
     const char *type = lk_pointer_type(args->dtype);
     struct lk_values values = VALUES(

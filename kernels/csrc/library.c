@@ -1,5 +1,7 @@
 #include "library.h"
 
+#include "cpu/cpu.h"
+
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -113,8 +115,8 @@ lk_status lk_create(lk_handle **handle, int device) {
     lk_status status = LK_OK;
     if (device < LK_CPU)
         status = lk_fail(made, LK_INVALID_ARGUMENT, "device %d: neither LK_CPU nor an ordinal", device);
-    else if (device != LK_CPU)
-        status = open_device(made);
+    else
+        status = device == LK_CPU ? lk_cpu_open(made) : open_device(made);
     if (status) {
         snprintf(create_message, sizeof create_message, "%s", made->message);
         lk_destroy(made);
@@ -133,6 +135,7 @@ void lk_destroy(lk_handle *handle) {
         handle->driver->context_pop(&(CUcontext){0});
         handle->driver->context_release(handle->cuda_device);
     }
+    lk_cpu_close(handle->cpu);
     free(handle->modules);
     free(handle->functions);
     free(handle);

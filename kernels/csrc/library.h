@@ -15,6 +15,7 @@ struct lk_handle {
     CUcontext context;
     CUmodule *modules; /* (lk_kernel_count,), NULL where a kernel is for other cards */
     CUfunction *functions;
+    struct lk_cpu *cpu; /* of LK_CPU */
     char message[512];
 };
 

@@ -38,9 +38,6 @@ lk_status lk_check_pointers(lk_handle *handle, const struct lk_pointer *pointers
 /* Triton's name of a pointer to such numbers: "*bf16". NULL: there is no such dtype. */
 const char *lk_pointer_type(lk_dtype dtype);
 
-/* LK_UNSUPPORTED for an op that has no CPU version. */
-lk_status lk_no_cpu(lk_handle *handle, const char *op);
-
 static inline int64_t lk_or(int64_t stride, int64_t contiguous) { return stride ? stride : contiguous; }
 static inline int64_t lk_next_power_of_2(int64_t n) {
     int64_t power = 1;

@@ -1,6 +1,7 @@
 /* store_kv and paged_attention: a key-value cache cut into blocks. */
 #include <math.h>
 
+#include "cpu/cpu.h"
 #include "ops.h"
 
 static lk_status check_cache(lk_handle *handle, lk_dtype dtype, lk_dtype cache_dtype, int64_t block_size) {
@@ -22,7 +23,7 @@ lk_status lk_store_kv(lk_handle *handle, const lk_store_kv_args *args, lk_stream
     if (args->tokens == 0) return LK_OK;
     CHECK_POINTERS(handle, {"k", args->k}, {"v", args->v}, {"k_cache", args->k_cache}, {"v_cache", args->v_cache},
                    {"slots", args->slots});
-    if (handle->device == LK_CPU) return lk_no_cpu(handle, "store_kv");
+    if (handle->device == LK_CPU) return lk_cpu_store_kv(handle, args);
 
     const char *type = lk_pointer_type(args->dtype), *cache_type = lk_pointer_type(args->cache_dtype);
     int64_t head = lk_or(args->head_stride, args->head_dim), token = lk_or(args->token_stride, args->kv_heads * head);
@@ -85,7 +86,7 @@ lk_status lk_paged_attention(lk_handle *handle, const lk_paged_attention_args *a
                    {"block_table", args->block_table}, {"context_lens", args->context_lens},
                    {"query_start", args->query_start}, {"out", args->out});
     if (args->splits > 1) CHECK_POINTERS(handle, {"workspace", args->workspace});
-    if (handle->device == LK_CPU) return lk_no_cpu(handle, "paged_attention");
+    if (handle->device == LK_CPU) return lk_cpu_paged_attention(handle, args);
 
     const char *type = lk_pointer_type(args->dtype), *cache_type = lk_pointer_type(args->cache_dtype);
     int quantized = args->cache_dtype == LK_FLOAT8_E4M3, split = args->splits > 1;

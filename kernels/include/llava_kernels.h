@@ -29,7 +29,8 @@ typedef enum lk_status {
     LK_CUDA = 7 /* the driver reported an error: lk_last_error has its words */
 } lk_status;
 
-/* GPUs take LK_BFLOAT16, the CPU LK_FLOAT32; LK_FLOAT8_E4M3 is for key-value caches. */
+/* GPUs take LK_BFLOAT16, the CPU LK_FLOAT32 and LK_BFLOAT16 (project_splice LK_FLOAT32 alone); LK_FLOAT8_E4M3 is for
+ * key-value caches on GPUs. */
 typedef enum lk_dtype { LK_FLOAT32 = 0, LK_FLOAT16 = 1, LK_BFLOAT16 = 2, LK_FLOAT8_E4M3 = 3 } lk_dtype;
 
 typedef struct lk_handle lk_handle;
@@ -139,6 +140,92 @@ typedef struct lk_paged_attention_args {
     void *out;                        /* (tokens, heads, head_dim) */
 } lk_paged_attention_args;
 LK_API lk_status lk_paged_attention(lk_handle *handle, const lk_paged_attention_args *args, lk_stream stream);
+
+/* ---- On the CPU only: lk_create with LK_CPU. Weights are read where they lie and are not copied. */
+
+/* Threads that a call may use, the caller's among them; 1 to begin with. They sleep between calls. */
+LK_API lk_status lk_set_threads(lk_handle *handle, int threads);
+/* "portable", "avx2", "avx512", "avx512vnni" or "neon": LK_UNSUPPORTED where the processor or the build lacks it. To
+ * begin with, and with NULL, the best there is. */
+LK_API lk_status lk_set_instructions(lk_handle *handle, const char *name);
+LK_API const char *lk_instructions(const lk_handle *handle);
+
+typedef enum lk_weight_format {
+    LK_WEIGHT_FLOAT32 = 0,
+    LK_WEIGHT_BFLOAT16 = 1,
+    LK_WEIGHT_INT8 = 2, /* scale * (code - 128); llava_kernels.Int8Weight */
+    LK_WEIGHT_INT4 = 3  /* scale * (group_scale * code + group_offset); llava_kernels.Int4Weight */
+} lk_weight_format;
+
+/* A matrix (out_features, in_features). The codes of 8 and 4 bits lie as quantized_linear.py says, in_features rounded
+ * up to a multiple of 128 or of group_size. Activations that meet them are rounded to 16 bits a group of values. */
+typedef struct lk_weight {
+    lk_weight_format format;
+    int64_t out_features, in_features;
+    const void *data;
+    int64_t row_stride;                     /* of the float formats; 0: contiguous */
+    const float *scale;                     /* (out_features,) of the codes */
+    const void *group_scale, *group_offset; /* (groups, out_features) bfloat16, of 4 bits */
+    int64_t group_size;                     /* of 4 bits: 64, 128 or 256 */
+} lk_weight;
+
+/* x W^T + b, added up in float32 (int8 and int4: in integers within a group). */
+typedef struct lk_linear_args {
+    lk_dtype dtype; /* of x, bias and out: LK_FLOAT32 or LK_BFLOAT16 */
+    int64_t rows;
+    lk_weight weight;
+    const void *x;      /* (rows, in_features) */
+    int64_t x_stride;   /* from row to row */
+    const void *bias;   /* (out_features,), or NULL */
+    void *out;          /* (rows, out_features) */
+    int64_t out_stride; /* from row to row */
+} lk_linear_args;
+LK_API lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream stream);
+
+/* A LLaMA decoder whose layers run in one call: norm, QKV, rope, cache; attention; output and residual; norm, gate, up,
+ * SwiGLU; down and residual. Inside everything is float32. */
+typedef struct lk_layer {
+    const void *attention_norm; /* (width,) of lk_decoder_args.dtype */
+    lk_weight qkv;              /* ((heads + 2 kv_heads) * head_dim, width) */
+    lk_weight out;              /* (width, heads * head_dim) */
+    const void *mlp_norm;
+    lk_weight gate_up;          /* (2 * inner, width), gate first */
+    lk_weight down;             /* (width, inner) */
+    void *k_cache, *v_cache;    /* (blocks, block_size, kv_heads, head_dim) */
+} lk_layer;
+
+typedef struct lk_decoder_args {
+    lk_dtype dtype, cache_dtype; /* of norms and of the cache: LK_FLOAT32 or LK_BFLOAT16 */
+    int64_t layers, width, heads, kv_heads, head_dim; /* head_dim: even, up to 256 */
+    float eps;
+    const lk_layer *layer;       /* (layers,), copied */
+    const void *norm;            /* (width,) */
+    lk_weight head;              /* (vocabulary, width) */
+    const float *cos, *sin;      /* (positions, head_dim / 2) */
+    int64_t positions;
+    int64_t blocks, block_size;  /* of the cache */
+    int64_t cache_block_stride, cache_token_stride, cache_head_stride; /* 0: contiguous */
+} lk_decoder_args;
+typedef struct lk_decoder lk_decoder;
+
+/* The weights, tables and caches must outlive it, and it must be destroyed before its handle. */
+LK_API lk_status lk_decoder_create(lk_handle *handle, const lk_decoder_args *args, lk_decoder **decoder);
+LK_API void lk_decoder_destroy(lk_decoder *decoder);
+
+typedef struct lk_step_args {
+    lk_dtype dtype;              /* of x */
+    int64_t tokens, sequences;
+    const void *x;               /* (tokens, width) embeddings */
+    const int32_t *positions;    /* (tokens,) */
+    const int64_t *slots;        /* (tokens,) as in lk_store_kv_args */
+    const int32_t *block_table;  /* the rest as in lk_paged_attention_args */
+    int64_t table_stride;
+    const int32_t *context_lens, *query_start;
+    float *hidden;               /* (tokens, width) out: before the final norm */
+} lk_step_args;
+LK_API lk_status lk_decoder_step(lk_decoder *decoder, const lk_step_args *args);
+/* Final norm and head: hidden (rows, width) -> logits (rows, vocabulary). */
+LK_API lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float *hidden, float *logits);
 
 #ifdef __cplusplus
 }

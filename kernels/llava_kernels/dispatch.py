@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-CHOICES = ("auto", "reference", "triton")
+CHOICES = ("auto", "reference", "triton", "native")
 Function = TypeVar("Function", bound=Callable[..., Any])
 _forced: ContextVar[str | None] = ContextVar("llava_kernels_implementation", default=None)
 
@@ -23,7 +23,7 @@ def constant_under_compile(function: Function) -> Function:
 
 @constant_under_compile
 def chosen() -> str:
-    """ "auto", "reference" or "triton": the innermost :func:`implementation`, else the variable LLAVA_KERNELS.
+    """One of :data:`CHOICES`: the innermost :func:`implementation`, else the variable LLAVA_KERNELS.
 
     torch.compile takes the choice of the moment in which it compiles.
 
@@ -38,9 +38,11 @@ def chosen() -> str:
 
 @contextmanager
 def implementation(choice: str) -> Iterator[None]:
-    """Within the block, every op runs by ``choice``: "auto", "reference" (for debugging) or "triton".
+    """Within the block, every op runs by ``choice``: "auto", "reference" (for debugging), "triton" or "native".
 
-    "triton" on CPU tensors needs TRITON_INTERPRET=1 in the environment before the import.
+    "auto" and "native" decode on CPUs through the C library (:mod:`llava_kernels.library`) where it was built; for all
+    other operations "native" is "reference". "triton" on CPU tensors needs TRITON_INTERPRET=1 in the environment before
+    the import.
 
     Raises:
         ValueError: ``choice`` is none of these.

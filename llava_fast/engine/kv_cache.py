@@ -11,7 +11,6 @@ from torch import Tensor
 from llava_fast.config import TextConfig
 from llava_fast.engine.config import EngineConfig
 from llava_fast.errors import ConfigError
-from llava_kernels.linear import multiplies_in_software
 
 FP8 = torch.float8_e4m3fn
 
@@ -26,8 +25,6 @@ class KVCache:
     def __init__(self, text: TextConfig, config: EngineConfig, device: torch.device, dtype: torch.dtype):
         if config.kv_cache_dtype == "fp8":
             dtype = FP8
-        elif multiplies_in_software(torch.empty(0, dtype=dtype, device=device)):
-            dtype = torch.float32  # twice the bytes, and several times the speed
         token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
         self.block_size = config.block_size
         self.block_bytes = token * config.block_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from llava_fast.engine.host_decoder import HostDecoder
 from llava_fast.engine.images import FeatureCache, PreparedImage
 from llava_fast.engine.inputs import BlockTables, StepInputs, build, image_rows
 from llava_fast.engine.kv_cache import FP8, KVCache
+from llava_fast.engine.native_decoder import NativeDecoder
 from llava_fast.engine.prompt import Prompt
 from llava_fast.engine.request import SamplingParams
 from llava_fast.engine.sampler import Logprobs, Sampler
@@ -25,7 +27,11 @@ from llava_fast.engine.scheduler import Chunk
 from llava_fast.engine.sequence import Sequence
 from llava_fast.engine.transfer import download, upload
 from llava_fast.model import Llava
+from llava_kernels import library
 from llava_kernels.dispatch import use_triton
+from llava_kernels.linear import multiplies_in_software
+
+log = logging.getLogger(__name__)
 
 PromptScores = tuple[Sequence, list[int], Logprobs]  # a sequence, places in its prompt, and the values there
 
@@ -66,14 +72,12 @@ class Runner:
     def __init__(self, model: Llava, config: EngineConfig, features: FeatureCache):
         self.model, self.config, self.features = model, config, features
         self.device = model.device
-        self.cache = KVCache(model.config.text, config, model.device, model.dtype)
+        self.cache = KVCache(model.config.text, config, model.device, _cache_dtype(model, config))
         self.sampler = Sampler(config.max_sequences, model.config.text.vocab_size, model.device)
         context = model.config.text.max_position_embeddings
         self.max_length = min(config.max_length or context, context)
         self.tables = BlockTables(config.max_sequences, -(-self.max_length // config.block_size))
-        self.host_decoder: HostDecoder | None = None
-        if model.device.type == "cpu" and self.cache.memory.dtype is not FP8 and HostDecoder.fits(model):
-            self.host_decoder = HostDecoder(model, self.cache, self.max_length)
+        self.host_decoder = _host_decoder(model, config, self.cache, self.max_length)
         self.stream: torch.cuda.Stream | None = None
         self.decode_graphs: DecodeGraphs | None = None
         self.tower_graphs: TowerGraphs | None = None
@@ -253,3 +257,28 @@ class Runner:
         self.features.clear()
         if self.stream is not None:
             torch.cuda.empty_cache()  # back to the device, for whoever else is on it
+
+
+def _uses_library(model: Llava, config: EngineConfig) -> bool:
+    return model.device.type == "cpu" and config.kv_cache_dtype != "fp8" and NativeDecoder.fits(model)
+
+
+def _cache_dtype(model: Llava, config: EngineConfig) -> torch.dtype:
+    """The model's own; float32 where torch multiplies 16-bit floats in software: twice the bytes, several times the
+    speed."""
+    in_torch = not _uses_library(model, config) and HostDecoder.fits(model)
+    return torch.float32 if in_torch and multiplies_in_software(model.decoder.embed_tokens) else model.dtype
+
+
+def _host_decoder(
+    model: Llava, config: EngineConfig, cache: KVCache, max_length: int
+) -> NativeDecoder | HostDecoder | None:
+    """What runs the decoder on a CPU: the C library, torch in one flat function, or (None) the model's own modules."""
+    if model.device.type != "cpu":
+        return None
+    if _uses_library(model, config):
+        decoder = NativeDecoder(model, cache, max_length)
+        log.info("decoding through the C library (%s, %d threads)", decoder.instructions, decoder.threads)
+        return decoder
+    log.info("decoding with torch: %s", "the C library does not take this model" if library.load() else "no C library")
+    return HostDecoder(model, cache, max_length) if cache.memory.dtype is not FP8 and HostDecoder.fits(model) else None

@@ -1,0 +1,91 @@
+"""``linear`` of the C library on a CPU beside torch's, for the largest weights of 160M, 1B and 7B decoders.
+
+``gb_per_s`` counts the weight's bytes, which is what has to be read; ``share_of_read_bandwidth`` sets it beside the rate
+at which the same threads add up a large float32 tensor, measured once in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llava_kernels import (
+    dequantize_int4,
+    dequantize_int8,
+    library,
+    quantize_int4,
+    quantize_int8,
+)
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="libllava_kernels was not built")
+SHAPES = {"160M": (4096, 768), "1B": (11264, 2048), "7B": (22016, 4096)}  # (N, K) of the gate/up product
+KINDS = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 128}  # bytes a weight
+COLD = 192 << 20  # bytes of weights that are gone through in turn, so that none is still in a cache
+
+
+@cache
+def read_bandwidth() -> float:
+    """GB/s of a float32 sum over a tensor that no cache holds, as many threads as torch uses."""
+    large = torch.ones(64 << 20)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        large.sum()
+        best = min(best, time.perf_counter() - start)
+    return large.nbytes / best / 1e9
+
+
+@pytest.mark.parametrize("impl", ["ours", "torch"])
+@pytest.mark.parametrize("rows", [1, 4, 8, 16])
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_linear(benchmark, shape, kind, rows, impl):
+    benchmark.group = f"linear on a CPU, {shape} {SHAPES[shape]}, {kind}, {rows} rows"
+    if impl == "torch" and kind.startswith("int"):
+        pytest.skip("torch has no product with these weights; its reference makes float32 ones first")
+    features, width = SHAPES[shape] if benchmark.enabled else (96, 256)
+    weight = torch.randn(features, width) / width**0.5
+    size = int(features * width * KINDS[kind])
+    copies = max(1, COLD // size) if benchmark.enabled else 1
+    x, handle = torch.randn(rows, width), library.Handle()
+    if kind in ("float32", "bfloat16"):
+        x = x.to(getattr(torch, kind))
+        kept = [weight.to(x.dtype) for _ in range(copies)] if kind == "bfloat16" else [weight.clone() for _ in range(copies)]
+        values, weights = kept[0], [library.float_weight(one) for one in kept]
+    else:
+        quantize, take, back = {
+            "int8": (quantize_int8, library.int8_weight, dequantize_int8),
+            "int4": (quantize_int4, library.int4_weight, dequantize_int4),
+        }[kind]
+        first = quantize(weight)
+        values = back(first)
+        kept = [first] + [type(first)(**{n: _copy(v) for n, v in vars(first).items()}) for _ in range(copies - 1)]
+        weights = [take(one) for one in kept]
+    exact = x.double() @ values.double().T
+    error = (handle.linear(x, weights[0]).double() - exact).abs().amax()
+    assert error <= (2**-7 if kind == "bfloat16" else 1e-4) * exact.abs().amax()
+
+    turn = iter(range(1 << 30))
+    work = {
+        "ours": lambda: handle.linear(x, weights[next(turn) % copies]),
+        "torch": lambda: F.linear(x, kept[next(turn) % copies]),
+    }[impl]
+    benchmark.pedantic(work, rounds=max(10, copies), warmup_rounds=2)
+    if benchmark.stats is None:
+        return
+    rate = size / benchmark.stats.stats.median / 1e9
+    benchmark.extra_info |= {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "instructions": handle.instructions if impl == "ours" else "",
+        "gb_per_s": rate,
+        "share_of_read_bandwidth": rate / read_bandwidth(),
+    }
+
+
+def _copy(value: object) -> object:
+    return value.clone() if isinstance(value, torch.Tensor) else value

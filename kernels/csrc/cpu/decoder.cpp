@@ -1,0 +1,244 @@
+// All layers of the decoder in one call. A layer is five jobs of the pool; what needs no other thread's results between
+// two of them is done in the same task: a head's part of QKV is turned and stored by the task that has multiplied it.
+#include <cstring>
+#include <vector>
+
+#include "handle.h"
+
+using namespace lk;
+
+struct lk_decoder {
+    lk_handle *handle;
+    lk_decoder_args args;
+    std::vector<lk_layer> layers;
+    std::vector<float> norms; // (2 layers + 1, width)
+    PanelBuffer panel, inner;
+    Buffer<float> stream, qkv, attended, gated, scratch;
+
+    const float *norm(int64_t i) const { return norms.data() + i * args.width; }
+    int64_t group_heads() const { return args.heads + 2 * args.kv_heads; }
+};
+
+namespace {
+
+// One head's rows of the QKV product: multiplied, turned, and stored where it belongs.
+void project_heads(lk_decoder &decoder, lk_cpu &cpu, const lk_layer &layer, const Panel &panel, const lk_step_args &step,
+                   float *q) {
+    const lk_decoder_args &args = decoder.args;
+    const int64_t dim = args.head_dim, heads = decoder.group_heads(), size = size_of(args.cache_dtype);
+    const int64_t blocks = cdiv(step.tokens, ROW_BLOCK);
+    float *scratch = decoder.scratch.at_least(ROW_BLOCK * MAX_HEAD_DIM * cpu.pool->threads());
+    cpu.pool->each(blocks * heads, [&](int64_t task, int thread) {
+        const int64_t head = task % heads, first = task / heads * ROW_BLOCK;
+        const int64_t rows = step.tokens - first < ROW_BLOCK ? step.tokens - first : ROW_BLOCK;
+        const bool query = head < args.heads, key = !query && head < args.heads + args.kv_heads;
+        float *some = scratch + thread * ROW_BLOCK * MAX_HEAD_DIM;
+        cpu.isa->products(layer.qkv, panel, first, rows, head * dim, dim, some, dim, false);
+        for (int64_t t = first; t < first + rows; t++) {
+            float *x = some + (t - first) * dim;
+            const int64_t at = step.positions[t] * dim / 2, slot = step.slots[t];
+            if (query || key) cpu.isa->turn(x, dim, args.cos + at, args.sin + at);
+            if (query) {
+                std::memcpy(q + t * args.heads * dim + head * dim, x, dim * sizeof(float));
+            } else if (slot >= 0) {
+                const int64_t kv_head = head - args.heads - (key ? 0 : args.kv_heads);
+                const int64_t to = slot / args.block_size * args.cache_block_stride +
+                                   slot % args.block_size * args.cache_token_stride + kv_head * args.cache_head_stride;
+                cpu.isa->from_float(args.cache_dtype, x, static_cast<char *>(key ? layer.k_cache : layer.v_cache) + to * size,
+                                    dim);
+            }
+        }
+    });
+}
+
+void add_product(lk_cpu &cpu, const lk_weight &weight, const Panel &panel, int64_t rows, float *x) {
+    const int64_t width = weight.out_features;
+    share_product(cpu, rows, width, 12, [&](int64_t row, int64_t count, int64_t first, int64_t features, int) {
+        cpu.isa->products(weight, panel, row, count, first, features, x + row * width + first, width, true);
+    });
+}
+
+void gate_and_up(lk_decoder &decoder, lk_cpu &cpu, const lk_weight &weight, const Panel &panel, int64_t rows, float *out) {
+    constexpr int64_t PART = 48;
+    const int64_t inner = weight.out_features / 2;
+    float *scratch = decoder.scratch.at_least(2 * ROW_BLOCK * PART * cpu.pool->threads());
+    share_product(cpu, rows, inner, 12, [&](int64_t row, int64_t count, int64_t first, int64_t features, int thread) {
+        float *gate = scratch + thread * 2 * ROW_BLOCK * PART, *up = gate + ROW_BLOCK * PART;
+        for (int64_t n = first; n < first + features; n += PART) {
+            const int64_t some = first + features - n < PART ? first + features - n : PART;
+            cpu.isa->products(weight, panel, row, count, n, some, gate, PART, false);
+            cpu.isa->products(weight, panel, row, count, inner + n, some, up, PART, false);
+            for (int64_t m = 0; m < count; m++)
+                cpu.isa->swiglu(some, gate + m * PART, up + m * PART, out + (row + m) * inner + n);
+        }
+    });
+}
+
+lk_status check_layer(lk_handle *handle, const lk_decoder_args &args, const lk_layer &layer) {
+    const int64_t width = args.width, heads = args.heads * args.head_dim;
+    const struct {
+        const char *name;
+        const lk_weight &weight;
+        int64_t out, in;
+    } weights[] = {{"qkv", layer.qkv, heads + 2 * args.kv_heads * args.head_dim, width},
+                   {"out", layer.out, width, heads},
+                   {"gate_up", layer.gate_up, layer.gate_up.out_features, width},
+                   {"down", layer.down, width, layer.gate_up.out_features / 2}};
+    for (const auto &one : weights) {
+        if (lk_status status = check_weight(handle, one.name, one.weight)) return status;
+        if (one.weight.out_features != one.out || one.weight.in_features != one.in || layer.gate_up.out_features % 2)
+            return lk_fail(handle, LK_INVALID_ARGUMENT, "%s is (%lld, %lld), not (%lld, %lld)", one.name,
+                           (long long)one.weight.out_features, (long long)one.weight.in_features, (long long)one.out,
+                           (long long)one.in);
+    }
+    CHECK_POINTERS(handle, {"attention_norm", layer.attention_norm}, {"mlp_norm", layer.mlp_norm},
+                   {"k_cache", layer.k_cache}, {"v_cache", layer.v_cache});
+    return LK_OK;
+}
+
+lk_status check_decoder(lk_handle *handle, const lk_decoder_args *args) {
+    if (lk_status status = lk_check_call(handle, args, args ? args->dtype : LK_FLOAT32)) return status;
+    if (!handle->cpu) return lk_fail(handle, LK_UNSUPPORTED, "only a handle of LK_CPU has decoders");
+    if (lk_status status = check_dtype(handle, "a decoder", args->dtype)) return status;
+    if (lk_status status = check_dtype(handle, "a decoder's cache", args->cache_dtype)) return status;
+    CHECK_SIZES(handle, {"layers", args->layers, 0}, {"width", args->width, 1}, {"heads", args->heads, 1},
+                {"kv_heads", args->kv_heads, 1}, {"head_dim", args->head_dim, 2}, {"positions", args->positions, 1},
+                {"blocks", args->blocks, 1}, {"block_size", args->block_size, 1});
+    if (args->head_dim % 2 || args->head_dim > MAX_HEAD_DIM || args->heads % args->kv_heads ||
+        args->heads / args->kv_heads > MAX_QUERIES)
+        return lk_fail(handle, LK_UNSUPPORTED, "%lld heads of %lld on %lld of keys: head_dim must be even and at most 256, "
+                       "heads a multiple, at most 32 times, of kv_heads", (long long)args->heads,
+                       (long long)args->head_dim, (long long)args->kv_heads);
+    CHECK_POINTERS(handle, {"norm", args->norm}, {"cos", args->cos}, {"sin", args->sin}, {"layer", args->layer});
+    if (lk_status status = check_weight(handle, "head", args->head)) return status;
+    if (args->head.in_features != args->width)
+        return lk_fail(handle, LK_INVALID_ARGUMENT, "head has %lld input features, not %lld",
+                       (long long)args->head.in_features, (long long)args->width);
+    for (int64_t i = 0; i < args->layers; i++)
+        if (lk_status status = check_layer(handle, *args, args->layer[i])) return status;
+    return LK_OK;
+}
+
+lk_status check_tokens(lk_decoder *decoder, const lk_step_args *args) {
+    const lk_decoder_args &shape = decoder->args;
+    lk_handle *handle = decoder->handle;
+    const int64_t slots = shape.blocks * shape.block_size;
+    for (int64_t t = 0; t < args->tokens; t++) {
+        if (args->positions[t] < 0 || args->positions[t] >= shape.positions)
+            return lk_fail(handle, LK_INVALID_ARGUMENT, "positions[%lld] is %d, not below %lld", (long long)t,
+                           args->positions[t], (long long)shape.positions);
+        if (args->slots[t] < -1 || args->slots[t] >= slots)
+            return lk_fail(handle, LK_INVALID_ARGUMENT, "slots[%lld] is %lld, not below %lld", (long long)t,
+                           (long long)args->slots[t], (long long)slots);
+    }
+    return LK_OK;
+}
+
+void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, const PagedStep &paged) {
+    const lk_decoder_args &args = decoder->args;
+    const int64_t tokens = step.tokens, width = args.width, attended_width = args.heads * args.head_dim;
+    float *x = step.hidden;
+    cpu.isa->to_float(step.dtype, step.x, x, tokens * width);
+    float *q = decoder->qkv.at_least(tokens * attended_width), *attended = decoder->attended.at_least(tokens * attended_width);
+    for (int64_t i = 0; i < args.layers; i++) {
+        const lk_layer &layer = decoder->layers[i];
+        const int64_t inner = layer.down.in_features;
+        const Source first{LK_FLOAT32, x, width, decoder->norm(2 * i), args.eps};
+        project_heads(*decoder, cpu, layer, prepare(cpu, decoder->panel, layer.qkv, first, tokens), step, q);
+        attend(cpu, paged, layer.k_cache, layer.v_cache, q, attended_width, attended);
+        const Source heads{LK_FLOAT32, attended, attended_width, nullptr, 0};
+        add_product(cpu, layer.out, prepare(cpu, decoder->panel, layer.out, heads, tokens), tokens, x);
+        const Source second{LK_FLOAT32, x, width, decoder->norm(2 * i + 1), args.eps};
+        float *gated = decoder->gated.at_least(tokens * inner);
+        gate_and_up(*decoder, cpu, layer.gate_up, prepare(cpu, decoder->panel, layer.gate_up, second, tokens), tokens, gated);
+        const Source middle{LK_FLOAT32, gated, inner, nullptr, 0};
+        add_product(cpu, layer.down, prepare(cpu, decoder->inner, layer.down, middle, tokens), tokens, x);
+    }
+}
+
+template <class F>
+lk_status guarded(lk_handle *handle, F &&body) {
+    try {
+        return body();
+    } catch (const std::exception &error) {
+        return lk_fail(handle, LK_OUT_OF_MEMORY, "%s", error.what());
+    }
+}
+
+} // namespace
+
+extern "C" {
+
+lk_status lk_decoder_create(lk_handle *handle, const lk_decoder_args *args, lk_decoder **decoder) {
+    if (decoder) *decoder = nullptr;
+    if (lk_status status = check_decoder(handle, args)) return status;
+    if (!decoder) return lk_fail(handle, LK_INVALID_ARGUMENT, "decoder is NULL");
+    return guarded(handle, [&] {
+        auto made = std::make_unique<lk_decoder>();
+        made->handle = handle, made->args = *args;
+        made->layers.assign(args->layer, args->layer + args->layers);
+        lk_decoder_args &own = made->args;
+        own.layer = made->layers.data();
+        own.cache_head_stride = lk_or(args->cache_head_stride, args->head_dim);
+        own.cache_token_stride = lk_or(args->cache_token_stride, args->kv_heads * own.cache_head_stride);
+        own.cache_block_stride = lk_or(args->cache_block_stride, args->block_size * own.cache_token_stride);
+        made->norms.resize((size_t)((2 * args->layers + 1) * args->width));
+        for (int64_t i = 0; i <= 2 * args->layers; i++) {
+            const void *norm = i == 2 * args->layers ? args->norm
+                               : i % 2               ? made->layers[i / 2].mlp_norm
+                                                     : made->layers[i / 2].attention_norm;
+            handle->cpu->isa->to_float(args->dtype, norm, made->norms.data() + i * args->width, args->width);
+        }
+        *decoder = made.release();
+        return LK_OK;
+    });
+}
+
+void lk_decoder_destroy(lk_decoder *decoder) { delete decoder; }
+
+lk_status lk_decoder_step(lk_decoder *decoder, const lk_step_args *args) {
+    if (!decoder) return LK_INVALID_ARGUMENT;
+    lk_handle *handle = decoder->handle;
+    if (lk_status status = lk_check_call(handle, args, args ? args->dtype : LK_FLOAT32)) return status;
+    if (lk_status status = check_dtype(handle, "a step", args->dtype)) return status;
+    CHECK_SIZES(handle, {"tokens", args->tokens, 0}, {"sequences", args->sequences, 0});
+    if (args->tokens == 0) return LK_OK;
+    CHECK_POINTERS(handle, {"x", args->x}, {"positions", args->positions}, {"slots", args->slots},
+                   {"block_table", args->block_table}, {"context_lens", args->context_lens},
+                   {"query_start", args->query_start}, {"hidden", args->hidden});
+    if (lk_status status = check_tokens(decoder, args)) return status;
+    const lk_decoder_args &shape = decoder->args;
+    const PagedStep paged{args->sequences, shape.heads, shape.kv_heads, shape.head_dim, shape.block_size,
+                          shape.cache_dtype, shape.cache_block_stride, shape.cache_token_stride, shape.cache_head_stride,
+                          args->block_table, args->context_lens, args->query_start, args->table_stride};
+    if (lk_status status = check_step(handle, paged, args->tokens, shape.blocks)) return status;
+    return guarded(handle, [&] {
+        Pool::Busy busy(*handle->cpu->pool);
+        run_layers(decoder, *handle->cpu, *args, paged);
+        return LK_OK;
+    });
+}
+
+lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float *hidden, float *logits) {
+    if (!decoder) return LK_INVALID_ARGUMENT;
+    lk_handle *handle = decoder->handle;
+    CHECK_SIZES(handle, {"rows", rows, 0});
+    if (rows == 0) return LK_OK;
+    CHECK_POINTERS(handle, {"hidden", hidden}, {"logits", logits});
+    return guarded(handle, [&] {
+        lk_cpu &cpu = *handle->cpu;
+        Pool::Busy busy(*cpu.pool);
+        const lk_weight &head = decoder->args.head;
+        const Source source{LK_FLOAT32, hidden, decoder->args.width, decoder->norm(2 * decoder->args.layers),
+                            decoder->args.eps};
+        const Panel &panel = prepare(cpu, decoder->panel, head, source, rows);
+        share_product(cpu, rows, head.out_features, 12,
+                      [&](int64_t row, int64_t count, int64_t first, int64_t features, int) {
+            cpu.isa->products(head, panel, row, count, first, features, logits + row * head.out_features + first,
+                              head.out_features, false);
+        });
+        return LK_OK;
+    });
+}
+
+} // extern "C"

@@ -1,0 +1,96 @@
+// A CPU handle's threads, instruction set and memory for intermediate results.
+#pragma once
+
+#include <memory>
+#include <new>
+
+extern "C" {
+#include "../ops.h"
+}
+#include "cpu.h"
+#include "isa.h"
+#include "pool.h"
+
+// Memory that grows and is never cleared, aligned for the widest vectors.
+template <class T>
+class Buffer {
+  public:
+    Buffer() = default;
+    Buffer(const Buffer &) = delete;
+    ~Buffer() { ::operator delete(memory, std::align_val_t(64)); }
+    T *at_least(int64_t count) {
+        if (count > size) {
+            ::operator delete(memory, std::align_val_t(64));
+            memory = nullptr, size = 0;
+            memory = static_cast<T *>(::operator new(sizeof(T) * (size_t)count, std::align_val_t(64)));
+            size = count;
+        }
+        return memory;
+    }
+
+  private:
+    T *memory = nullptr;
+    int64_t size = 0;
+};
+
+// Memory of a panel.
+struct PanelBuffer {
+    // For `rows` activations that meet `weight`.
+    const lk::Panel &fit(const lk_weight &weight, int64_t rows);
+    lk::Panel panel{};
+
+  private:
+    Buffer<float> values, scale, total;
+    Buffer<int16_t> codes;
+    Buffer<int32_t> minus;
+};
+
+struct lk_cpu {
+    const lk::Isa *isa;
+    std::unique_ptr<lk::Pool> pool;
+    PanelBuffer panel;
+    Buffer<float> scratch; // a part for each thread
+};
+
+namespace lk {
+
+constexpr int64_t FEW_ROWS = 4; // activations that one thread prepares sooner than it could share them out
+
+inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t size_of(lk_dtype dtype) { return dtype == LK_FLOAT32 ? 4 : 2; }
+
+// LK_INVALID_ARGUMENT or LK_UNSUPPORTED with the name of the weight where something about it cannot be.
+lk_status check_weight(lk_handle *handle, const char *name, const lk_weight &weight);
+lk_status check_dtype(lk_handle *handle, const char *op, lk_dtype dtype);
+
+// The panel of `rows` activations for `weight`, prepared on all threads.
+const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, const Source &source, int64_t rows);
+
+// Calls body(first_row, rows, first, count, thread) for parts of a (rows, features) product that together cover it.
+// `least` features a part; no part has more than ROW_BLOCK rows.
+template <class F>
+void share_product(lk_cpu &cpu, int64_t rows, int64_t features, int64_t unit, F &&body) {
+    const int64_t threads = cpu.pool->threads(), row_blocks = cdiv(rows, ROW_BLOCK);
+    const int64_t wanted = threads == 1 ? 1 : cdiv(4 * threads, row_blocks);
+    const int64_t part = cdiv(cdiv(features, wanted), unit) * unit, parts = cdiv(features, part);
+    cpu.pool->each(row_blocks * parts, [&](int64_t task, int thread) {
+        const int64_t row = task / parts * ROW_BLOCK, first = task % parts * part;
+        body(row, rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK, first, features - first < part ? features - first : part,
+             thread);
+    });
+}
+
+// Attention of every sequence of a step; q and out are (tokens, heads * head_dim) floats.
+struct PagedStep {
+    int64_t sequences, heads, kv_heads, head_dim, block_size;
+    lk_dtype cache_dtype;
+    int64_t block_stride, token_stride, head_stride;
+    const int32_t *block_table, *context_lens, *query_start;
+    int64_t table_stride;
+};
+void attend(lk_cpu &cpu, const PagedStep &step, const void *k_cache, const void *v_cache, const float *q,
+            int64_t q_stride, float *out);
+// LK_INVALID_ARGUMENT where a length or a block number cannot be. `blocks`: of the cache, or 0 where it is not known.
+lk_status check_step(lk_handle *handle, const PagedStep &step, int64_t tokens, int64_t blocks);
+
+} // namespace lk

@@ -1,0 +1,80 @@
+// The vectorised inner functions, one table of them an instruction set. They know nothing of threads or handles.
+#pragma once
+
+#include <stdint.h>
+
+#include "llava_kernels.h"
+
+namespace lk {
+
+constexpr int64_t QUANTUM = 128; // values of K that share a scale in an activation met by int8 weights
+constexpr int64_t ROW_BLOCK = 64; // rows of activations that a task multiplies at most
+
+// Activations as the weight's format wants them: (rows, K) prepared once, read by every output feature.
+struct Panel {
+    int64_t stride;   // of `values` and `codes` from row to row: K rounded up, the rest 0
+    int64_t groups;   // of `scale` and the others from row to row
+    float *values;    // float weights; for bfloat16 ones each run of 2 L values has its even ones first, then the odd
+    int16_t *codes;   // quantised weights: value = scale * code
+    float *scale;     // (rows, groups)
+    float *total;     // (rows, groups) sum of a group's values
+    int32_t *minus;   // (rows, groups, 8) what int8 codes, being 128 too large, add too much, taken away beforehand
+};
+
+// What is made into a panel: rows of x, normalised first where `norm` is given.
+struct Source {
+    lk_dtype dtype;
+    const void *x;
+    int64_t stride;
+    const float *norm; // (K,) or NULL
+    float eps;
+};
+
+// Where one (sequence, head of keys, run of queries) attends.
+struct Attention {
+    int64_t rows;             // queries * group, at most MAX_QUERIES
+    int64_t group;            // query heads that share the keys
+    int64_t head_dim;
+    const float *q;           // row r: query r / group, head r % group
+    int64_t q_stride;         // from query to query; heads lie head_dim apart
+    float *out;               // as q
+    int64_t out_stride;
+    int64_t first;            // position of the first query: it sees keys 0..first, the next one key more
+    lk_dtype cache_dtype;
+    const void *k, *v;        // of the cache, at the head
+    int64_t block_stride, token_stride; // in elements
+    int64_t block_size;
+    const int32_t *table;     // the sequence's blocks
+};
+constexpr int64_t MAX_QUERIES = 32, KEY_TILE = 64, MAX_HEAD_DIM = 256;
+
+struct Isa {
+    const char *name;
+    int lanes;
+
+    // Rows first..last-1 of the panel.
+    void (*prepare)(const lk_weight &weight, const Source &source, int64_t first, int64_t last, const Panel &panel);
+    // out[m][n] (+)= panel row first_row + m times weight row first + n, for m < rows, n < count.
+    void (*products)(const lk_weight &weight, const Panel &panel, int64_t first_row, int64_t rows, int64_t first,
+                     int64_t count, float *out, int64_t out_stride, bool add);
+    // out = x / sqrt(mean(x^2) + eps) * weight; with a residual of x + residual, which goes into sum.
+    void (*rms_norm)(lk_dtype dtype, int64_t width, const void *x, const void *residual, const void *weight, float eps,
+                     void *out, void *sum);
+    // (head_dim,) element i turned with element i + head_dim / 2.
+    void (*turn)(float *x, int64_t head_dim, const float *cos, const float *sin);
+    // out[i] = silu(gate[i]) * up[i]
+    void (*swiglu)(int64_t count, const float *gate, const float *up, float *out);
+    void (*attend)(const Attention &task, float *scratch);
+    void (*to_float)(lk_dtype dtype, const void *from, float *to, int64_t count);
+    void (*from_float)(lk_dtype dtype, const float *from, void *to, int64_t count);
+    int64_t (*argmax)(const float *x, int64_t count);
+};
+// Floats of scratch memory that attend needs.
+constexpr int64_t ATTEND_SCRATCH = 2 * KEY_TILE * MAX_HEAD_DIM + MAX_QUERIES * (KEY_TILE + MAX_HEAD_DIM);
+
+extern const Isa portable, avx2, avx512, avx512vnni, neon; // those that the library was built with
+
+// The best that this processor runs, or the one called `name`; NULL where there is none of that name, or it does not run.
+const Isa *find_isa(const char *name);
+
+} // namespace lk

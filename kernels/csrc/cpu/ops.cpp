@@ -1,0 +1,322 @@
+// The operations one by one on the CPU.
+#include <cstring>
+
+#include "handle.h"
+
+namespace lk {
+
+static const Isa *const built[] = {
+#if defined(LK_HAVE_X86)
+    &avx512vnni, &avx512, &avx2,
+#elif defined(LK_HAVE_NEON)
+    &neon,
+#endif
+    &portable, // runs everywhere
+};
+
+static bool runs(const Isa *isa) {
+#if defined(LK_HAVE_X86)
+    __builtin_cpu_init();
+    const bool floor = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool wide = floor && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (isa == &avx2) return floor;
+    if (isa == &avx512) return wide;
+    if (isa == &avx512vnni) return wide && __builtin_cpu_supports("avx512vnni");
+#endif
+    (void)isa;
+    return true;
+}
+
+const Isa *find_isa(const char *name) {
+    for (const Isa *isa : built)
+        if ((!name || !std::strcmp(name, isa->name)) && runs(isa)) return isa;
+    return nullptr;
+}
+
+lk_status check_dtype(lk_handle *handle, const char *op, lk_dtype dtype) {
+    if (dtype == LK_FLOAT32 || dtype == LK_BFLOAT16) return LK_OK;
+    return lk_fail(handle, LK_UNSUPPORTED, "%s on the CPU takes float32 and bfloat16", op);
+}
+
+lk_status check_weight(lk_handle *handle, const char *name, const lk_weight &weight) {
+    if (weight.format < LK_WEIGHT_FLOAT32 || weight.format > LK_WEIGHT_INT4)
+        return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: there is no weight format %d", name, (int)weight.format);
+    CHECK_SIZES(handle, {"out_features", weight.out_features, 1}, {"in_features", weight.in_features, 1});
+    if (!weight.data) return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: data is NULL", name);
+    if (weight.format <= LK_WEIGHT_BFLOAT16) return LK_OK;
+    if (!weight.scale) return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: scale is NULL", name);
+    if (weight.format == LK_WEIGHT_INT8) return LK_OK;
+    if (!weight.group_scale || !weight.group_offset)
+        return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: group_scale or group_offset is NULL", name);
+    if (weight.group_size != 64 && weight.group_size != 128 && weight.group_size != 256)
+        return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: group_size is %lld, not 64, 128 or 256", name,
+                       (long long)weight.group_size);
+    return LK_OK;
+}
+
+const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, const Source &source, int64_t rows) {
+    const Panel &panel = buffer.fit(weight, rows);
+    if (rows <= FEW_ROWS) {
+        cpu.isa->prepare(weight, source, 0, rows, panel);
+        return panel;
+    }
+    const int64_t part = cdiv(rows, 4 * cpu.pool->threads());
+    cpu.pool->each(cdiv(rows, part), [&](int64_t i, int) {
+        cpu.isa->prepare(weight, source, i * part, (i + 1) * part < rows ? (i + 1) * part : rows, panel);
+    });
+    return panel;
+}
+
+void attend(lk_cpu &cpu, const PagedStep &step, const void *k_cache, const void *v_cache, const float *q,
+            int64_t q_stride, float *out) {
+    const int64_t group = step.heads / step.kv_heads, size = size_of(step.cache_dtype);
+    const int64_t most = MAX_QUERIES / group > 0 ? MAX_QUERIES / group : 1; // queries a task
+    // As many tasks a sequence as the longest has; those beyond a shorter one's end are empty.
+    int64_t longest = 0;
+    for (int64_t s = 0; s < step.sequences; s++) {
+        const int64_t queries = step.query_start[s + 1] - step.query_start[s];
+        longest = queries > longest ? queries : longest;
+    }
+    const int64_t runs = cdiv(longest, most), scratch_size = ATTEND_SCRATCH;
+    float *scratch = cpu.scratch.at_least(scratch_size * cpu.pool->threads());
+    cpu.pool->each(step.sequences * runs * step.kv_heads, [&](int64_t task, int thread) {
+        const int64_t head = task % step.kv_heads, run = task / step.kv_heads % runs, s = task / step.kv_heads / runs;
+        const int64_t begin = step.query_start[s], queries = step.query_start[s + 1] - begin;
+        const int64_t first = run * most, count = queries - first < most ? queries - first : most;
+        if (count <= 0) return;
+        const char *k = static_cast<const char *>(k_cache) + head * step.head_stride * size;
+        const char *v = static_cast<const char *>(v_cache) + head * step.head_stride * size;
+        const int64_t width = step.heads * step.head_dim, column = head * group * step.head_dim;
+        cpu.isa->attend({.rows = count * group, .group = group, .head_dim = step.head_dim,
+                         .q = q + (begin + first) * q_stride + column, .q_stride = q_stride,
+                         .out = out + (begin + first) * width + column, .out_stride = width,
+                         .first = step.context_lens[s] - queries + first, .cache_dtype = step.cache_dtype, .k = k, .v = v,
+                         .block_stride = step.block_stride, .token_stride = step.token_stride,
+                         .block_size = step.block_size, .table = step.block_table + s * step.table_stride},
+                        scratch + thread * scratch_size);
+    });
+}
+
+lk_status check_step(lk_handle *handle, const PagedStep &step, int64_t tokens, int64_t blocks) {
+    for (int64_t s = 0; s < step.sequences; s++) {
+        const int64_t queries = step.query_start[s + 1] - step.query_start[s], context = step.context_lens[s];
+        if (step.query_start[s] < 0 || queries < 0 || step.query_start[s + 1] > tokens || (queries && context < queries))
+            return lk_fail(handle, LK_INVALID_ARGUMENT, "sequence %lld: %lld queries of %lld tokens cannot be",
+                           (long long)s, (long long)queries, (long long)context);
+        const int64_t held = queries ? cdiv(context, step.block_size) : 0;
+        if (held > step.table_stride && step.sequences > 1)
+            return lk_fail(handle, LK_INVALID_ARGUMENT, "sequence %lld: %lld blocks, but table_stride is %lld",
+                           (long long)s, (long long)held, (long long)step.table_stride);
+        for (int64_t b = 0; b < held; b++) {
+            const int32_t block = step.block_table[s * step.table_stride + b];
+            if (block < 0 || (blocks && block >= blocks))
+                return lk_fail(handle, LK_INVALID_ARGUMENT, "sequence %lld: there is no block %d", (long long)s, block);
+        }
+    }
+    return LK_OK;
+}
+
+} // namespace lk
+
+const lk::Panel &PanelBuffer::fit(const lk_weight &weight, int64_t rows) {
+    const bool coded = weight.format >= LK_WEIGHT_INT8;
+    const int64_t group = weight.format == LK_WEIGHT_INT4 ? weight.group_size : lk::QUANTUM;
+    panel.stride = lk::cdiv(weight.in_features, group) * group; // 128 is a multiple of what any vectors take
+    panel.groups = panel.stride / group;
+    panel.values = values.at_least(rows * panel.stride);
+    if (coded) {
+        panel.codes = codes.at_least(rows * panel.stride);
+        panel.scale = scale.at_least(rows * panel.groups);
+        panel.total = total.at_least(rows * panel.groups);
+        panel.minus = minus.at_least(8 * rows * panel.groups);
+    }
+    return panel;
+}
+
+// Nothing that C++ throws may reach C.
+template <class F>
+static lk_status guarded(lk_handle *handle, F &&body) {
+    try {
+        return body();
+    } catch (const std::exception &error) {
+        return lk_fail(handle, LK_OUT_OF_MEMORY, "%s", error.what());
+    }
+}
+
+extern "C" {
+
+lk_status lk_cpu_open(lk_handle *handle) {
+    return guarded(handle, [&] {
+        auto cpu = std::make_unique<lk_cpu>();
+        cpu->isa = lk::find_isa(nullptr);
+        cpu->pool = std::make_unique<lk::Pool>(1);
+        handle->cpu = cpu.release();
+        return LK_OK;
+    });
+}
+
+void lk_cpu_close(lk_cpu *cpu) { delete cpu; }
+
+static lk_status cpu_only(lk_handle *handle) {
+    if (!handle) return LK_INVALID_ARGUMENT;
+    if (!handle->cpu) return lk_fail(handle, LK_UNSUPPORTED, "only a handle of LK_CPU can do this");
+    return LK_OK;
+}
+
+lk_status lk_set_threads(lk_handle *handle, int threads) {
+    if (lk_status status = cpu_only(handle)) return status;
+    if (threads < 1 || threads > 1024)
+        return lk_fail(handle, LK_INVALID_ARGUMENT, "threads is %d, not between 1 and 1024", threads);
+    return guarded(handle, [&] {
+        if (threads != handle->cpu->pool->threads()) handle->cpu->pool = std::make_unique<lk::Pool>(threads);
+        return LK_OK;
+    });
+}
+
+lk_status lk_set_instructions(lk_handle *handle, const char *name) {
+    if (lk_status status = cpu_only(handle)) return status;
+    const lk::Isa *isa = lk::find_isa(name);
+    if (!isa) return lk_fail(handle, LK_UNSUPPORTED, "the processor or the build has no instructions \"%s\"", name);
+    handle->cpu->isa = isa;
+    return LK_OK;
+}
+
+const char *lk_instructions(const lk_handle *handle) { return handle && handle->cpu ? handle->cpu->isa->name : ""; }
+
+lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream) {
+    if (lk_status status = cpu_only(handle)) return status;
+    if (lk_status status = lk_check_call(handle, args, args ? args->dtype : LK_FLOAT32)) return status;
+    if (lk_status status = lk::check_dtype(handle, "linear", args->dtype)) return status;
+    CHECK_SIZES(handle, {"rows", args->rows, 0});
+    if (lk_status status = lk::check_weight(handle, "weight", args->weight)) return status;
+    if (args->rows == 0) return LK_OK;
+    CHECK_POINTERS(handle, {"x", args->x}, {"out", args->out});
+    return guarded(handle, [&] {
+        lk_cpu &cpu = *handle->cpu;
+        lk::Pool::Busy busy(*cpu.pool);
+        const lk_weight &weight = args->weight;
+        const lk::Source source{args->dtype, args->x, lk_or(args->x_stride, weight.in_features), nullptr, 0};
+        const lk::Panel &panel = lk::prepare(cpu, cpu.panel, weight, source, args->rows);
+        const int64_t out_stride = lk_or(args->out_stride, weight.out_features), unit = 48, size = lk::size_of(args->dtype);
+        const int64_t part = lk::ROW_BLOCK * unit;
+        float *scratch = cpu.scratch.at_least((part + unit) * cpu.pool->threads());
+        lk::share_product(cpu, args->rows, weight.out_features, unit,
+                          [&](int64_t row, int64_t rows, int64_t first, int64_t count, int thread) {
+            float *some = scratch + thread * (part + unit), *bias = some + part;
+            for (int64_t n = first; n < first + count; n += unit) {
+                const int64_t width = first + count - n < unit ? first + count - n : unit;
+                if (args->bias) cpu.isa->to_float(args->dtype, static_cast<const char *>(args->bias) + n * size, bias, width);
+                for (int64_t m = 0; args->bias && m < rows; m++) std::memcpy(some + m * unit, bias, width * sizeof(float));
+                cpu.isa->products(weight, panel, row, rows, n, width, some, unit, args->bias != nullptr);
+                for (int64_t m = 0; m < rows; m++)
+                    cpu.isa->from_float(args->dtype, some + m * unit,
+                                        static_cast<char *>(args->out) + ((row + m) * out_stride + n) * size, width);
+            }
+        });
+        return LK_OK;
+    });
+}
+
+lk_status lk_cpu_rms_norm(lk_handle *handle, const lk_rms_norm_args *args) {
+    if (lk_status status = lk::check_dtype(handle, "rms_norm", args->dtype)) return status;
+    const int64_t size = lk::size_of(args->dtype), width = args->width;
+    const char *x = static_cast<const char *>(args->x), *residual = static_cast<const char *>(args->residual);
+    char *out = static_cast<char *>(args->out), *sum = static_cast<char *>(args->sum);
+    for (int64_t row = 0; row < args->rows; row++)
+        handle->cpu->isa->rms_norm(
+            args->dtype, width, x + row * lk_or(args->x_stride, width) * size,
+            residual ? residual + row * lk_or(args->residual_stride, width) * size : nullptr, args->weight, args->eps,
+            out + row * width * size, sum ? sum + row * width * size : nullptr);
+    return LK_OK;
+}
+
+lk_status lk_cpu_rope(lk_handle *handle, const lk_rope_args *args) {
+    if (lk_status status = lk::check_dtype(handle, "rope", args->dtype)) return status;
+    return guarded(handle, [&] {
+        const int64_t dim = args->head_dim, size = lk::size_of(args->dtype);
+        const int64_t x_head = lk_or(args->x_head_stride, dim), out_head = lk_or(args->out_head_stride, dim);
+        const int64_t x_token = lk_or(args->x_token_stride, args->heads * x_head);
+        const int64_t out_token = lk_or(args->out_token_stride, args->heads * out_head);
+        float *some = handle->cpu->scratch.at_least(dim);
+        for (int64_t t = 0; t < args->tokens; t++)
+            for (int64_t h = 0; h < args->heads; h++) {
+                handle->cpu->isa->to_float(
+                    args->dtype, static_cast<const char *>(args->x) + (t * x_token + h * x_head) * size, some, dim);
+                handle->cpu->isa->turn(some, dim, args->cos + t * dim / 2, args->sin + t * dim / 2);
+                handle->cpu->isa->from_float(args->dtype, some,
+                                             static_cast<char *>(args->out) + (t * out_token + h * out_head) * size, dim);
+            }
+        return LK_OK;
+    });
+}
+
+lk_status lk_cpu_swiglu(lk_handle *handle, const lk_swiglu_args *args) {
+    if (lk_status status = lk::check_dtype(handle, "swiglu", args->dtype)) return status;
+    return guarded(handle, [&] {
+        const int64_t inner = args->inner, size = lk::size_of(args->dtype), stride = lk_or(args->gate_up_stride, 2 * inner);
+        float *some = handle->cpu->scratch.at_least(2 * inner);
+        for (int64_t row = 0; row < args->rows; row++) {
+            handle->cpu->isa->to_float(args->dtype, static_cast<const char *>(args->gate_up) + row * stride * size, some,
+                                       2 * inner);
+            handle->cpu->isa->swiglu(inner, some, some + inner, some);
+            handle->cpu->isa->from_float(args->dtype, some, static_cast<char *>(args->out) + row * inner * size, inner);
+        }
+        return LK_OK;
+    });
+}
+
+lk_status lk_cpu_store_kv(lk_handle *handle, const lk_store_kv_args *args) {
+    if (lk_status status = lk::check_dtype(handle, "store_kv", args->dtype)) return status;
+    if (args->cache_dtype != args->dtype)
+        return lk_fail(handle, LK_UNSUPPORTED, "store_kv on the CPU keeps the dtype of k and v");
+    const int64_t size = lk::size_of(args->dtype), dim = args->head_dim, block = args->block_size;
+    const int64_t head = lk_or(args->head_stride, dim), token = lk_or(args->token_stride, args->kv_heads * head);
+    const int64_t cache_head = lk_or(args->cache_head_stride, dim);
+    const int64_t cache_token = lk_or(args->cache_token_stride, args->kv_heads * cache_head);
+    const int64_t cache_block = lk_or(args->cache_block_stride, block * cache_token);
+    for (int64_t t = 0; t < args->tokens; t++) {
+        const int64_t slot = args->slots[t];
+        if (slot < 0) continue;
+        for (int64_t h = 0; h < args->kv_heads; h++) {
+            const int64_t from = (t * token + h * head) * size;
+            const int64_t to = (slot / block * cache_block + slot % block * cache_token + h * cache_head) * size;
+            std::memcpy(static_cast<char *>(args->k_cache) + to, static_cast<const char *>(args->k) + from, dim * size);
+            std::memcpy(static_cast<char *>(args->v_cache) + to, static_cast<const char *>(args->v) + from, dim * size);
+        }
+    }
+    return LK_OK;
+}
+
+lk_status lk_cpu_paged_attention(lk_handle *handle, const lk_paged_attention_args *args) {
+    if (lk_status status = lk::check_dtype(handle, "paged_attention", args->dtype)) return status;
+    if (args->cache_dtype != args->dtype)
+        return lk_fail(handle, LK_UNSUPPORTED, "paged_attention on the CPU takes a cache of q's dtype");
+    const int64_t dim = args->head_dim, size = lk::size_of(args->dtype), group = args->heads / args->kv_heads;
+    if (dim > lk::MAX_HEAD_DIM || group > lk::MAX_QUERIES)
+        return lk_fail(handle, LK_UNSUPPORTED, "paged_attention on the CPU takes a head_dim up to 256 and up to 32 heads "
+                                               "on one of keys");
+    return guarded(handle, [&] {
+        lk_cpu &cpu = *handle->cpu;
+        lk::Pool::Busy busy(*cpu.pool);
+        const int64_t head = lk_or(args->cache_head_stride, dim);
+        const int64_t token = lk_or(args->cache_token_stride, args->kv_heads * head);
+        const lk::PagedStep step{args->sequences, args->heads, args->kv_heads, dim, args->block_size, args->cache_dtype,
+                                 lk_or(args->cache_block_stride, args->block_size * token), token, head,
+                                 args->block_table, args->context_lens, args->query_start, args->table_stride};
+        if (lk_status status = lk::check_step(handle, step, args->tokens, 0)) return status;
+        const int64_t q_head = lk_or(args->q_head_stride, dim), q_token = lk_or(args->q_token_stride, args->heads * q_head);
+        const int64_t width = args->heads * dim, count = args->tokens * width;
+        Buffer<float> memory;
+        float *q = memory.at_least(2 * count), *out = q + count;
+        for (int64_t t = 0; t < args->tokens; t++)
+            for (int64_t h = 0; h < args->heads; h++)
+                cpu.isa->to_float(args->dtype, static_cast<const char *>(args->q) + (t * q_token + h * q_head) * size,
+                                  q + t * width + h * dim, dim);
+        lk::attend(cpu, step, args->k_cache, args->v_cache, q, width, out);
+        cpu.isa->from_float(args->dtype, out, args->out, count);
+        return LK_OK;
+    });
+}
+
+} // extern "C"

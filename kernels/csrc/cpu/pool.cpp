@@ -1,0 +1,89 @@
+#include "pool.h"
+
+#include <chrono>
+
+namespace lk {
+
+namespace {
+
+constexpr auto WATCH = std::chrono::microseconds(60); // how long a thread looks out before it sleeps
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Whether `happened` became true within WATCH.
+template <class F>
+bool watch(F happened) {
+    const auto until = std::chrono::steady_clock::now() + WATCH;
+    do
+        for (int i = 0; i < 32; i++) {
+            if (happened()) return true;
+            pause();
+        }
+    while (std::chrono::steady_clock::now() < until);
+    return happened();
+}
+
+} // namespace
+
+Pool::Pool(int threads) {
+    for (int i = 1; i < threads; i++) helpers.emplace_back([this, i] { help(i); });
+}
+
+Pool::~Pool() {
+    closing.store(true);
+    calls.fetch_add(1);
+    calls.notify_all();
+    for (auto &helper : helpers) helper.join();
+}
+
+void Pool::run(int64_t count, Task work, void *with) {
+    if (helpers.empty() || count <= 1) {
+        for (int64_t i = 0; i < count; i++) work(with, i, 0);
+        return;
+    }
+    // Nobody looks at these while no task is to be taken.
+    task.store(work, std::memory_order_relaxed);
+    context.store(with, std::memory_order_relaxed);
+    left.store((uint32_t)count, std::memory_order_relaxed);
+    const uint64_t job = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
+    ticket.store(job << 32 | (uint64_t)count, std::memory_order_release);
+    calls.fetch_add(1); // sequentially consistent with `asleep`: a helper that misses the call is seen to sleep
+    if (asleep.load()) calls.notify_all();
+
+    for (uint64_t seen = ticket.load(); (uint32_t)seen; seen = ticket.load()) take(seen, 0);
+    auto done = [this] { return left.load(std::memory_order_acquire) == 0; };
+    if (watch(done)) return;
+    for (uint32_t some; (some = left.load(std::memory_order_acquire));) left.wait(some, std::memory_order_acquire);
+}
+
+// Takes and does one task of the job in `seen`; false if it was gone.
+bool Pool::take(uint64_t seen, int thread) {
+    Task work = task.load(std::memory_order_relaxed);
+    void *with = context.load(std::memory_order_relaxed);
+    if (!ticket.compare_exchange_strong(seen, seen - 1, std::memory_order_acq_rel)) return false;
+    work(with, (int64_t)(uint32_t)seen - 1, thread);
+    if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) left.notify_all();
+    return true;
+}
+
+void Pool::help(int thread) {
+    while (true) {
+        const uint32_t call = calls.load();
+        for (uint64_t seen = ticket.load(std::memory_order_acquire); (uint32_t)seen; seen = ticket.load(std::memory_order_acquire))
+            take(seen, thread);
+        if (closing.load()) return;
+        auto called = [this, call] { return calls.load(std::memory_order_relaxed) != call; };
+        if (busy.load(std::memory_order_relaxed) && watch(called)) continue;
+        asleep.fetch_add(1);
+        calls.wait(call); // returns at once where the call has come meanwhile
+        asleep.fetch_sub(1);
+    }
+}
+
+} // namespace lk

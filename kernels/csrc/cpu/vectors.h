@@ -1,0 +1,130 @@
+// Vectors of LK_LANES floats in the compiler's own vector types: one source for every instruction set. This file is
+// compiled once for each of them, with other flags; everything is inside an unnamed namespace and nothing of the C++
+// library's is used, so that no function built for one processor can be linked into another's code.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int L = LK_LANES;
+typedef float vf __attribute__((vector_size(4 * L)));
+typedef int32_t vi __attribute__((vector_size(4 * L)));
+typedef uint32_t vu __attribute__((vector_size(4 * L)));
+typedef uint16_t vh __attribute__((vector_size(2 * L)));
+typedef float f4 __attribute__((vector_size(16)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef uint16_t h16 __attribute__((vector_size(32))); // sixteen 16-bit lanes of a quantised weight
+
+template <class V>
+INLINE V load(const void *from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+template <class V>
+INLINE void store(void *to, V v) {
+    memcpy(to, &v, sizeof v);
+}
+
+INLINE vf all(float x) { return vf{} + x; }
+INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+INLINE vf magnitude(vf a) { return (vf)((vu)a & 0x7fffffffu); }
+
+// bfloat16 is the upper half of a float.
+INLINE float from_bf16(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+INLINE uint16_t to_bf16(float f) { // to the nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if (f != f) return (uint16_t)(bits >> 16 | 64);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+INLINE vf load_bf16(const uint16_t *from) { return (vf)(__builtin_convertvector(load<vh>(from), vu) << 16); }
+
+// Four floats of a vector added up to one place each: {sum a, sum b, sum c, sum d}.
+INLINE f4 halved(vf v) {
+    f4 parts[L / 4];
+    memcpy(parts, &v, sizeof parts);
+    if constexpr (L == 16) parts[0] += parts[2], parts[1] += parts[3];
+    return L == 4 ? parts[0] : parts[0] + parts[L / 4 > 1];
+}
+INLINE i4 halved(i8 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+
+template <class V>
+INLINE auto sums(V va, V vb, V vc, V vd) {
+    auto a = halved(va), b = halved(vb), c = halved(vc), d = halved(vd);
+    auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+INLINE float sum(vf v) {
+    f4 a = halved(v);
+    return (a[0] + a[2]) + (a[1] + a[3]);
+}
+INLINE float largest(vf v) {
+    float most = v[0];
+    for (int i = 1; i < L; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// e^x to 2 units in the last place; below -87.3 it is 0.
+INLINE vf exponential(vf x) {
+    const float shift = 12582912.f; // 1.5 * 2^23: adding it rounds to an integer
+    vf bounded = x < -87.3f ? all(-87.3f) : x;
+    bounded = bounded > 88.f ? all(88.f) : bounded;
+    vf turned = bounded * 1.44269504f + shift;
+    vf n = turned - shift;
+    vf r = bounded - n * 0.693145752f;
+    r = r - n * 1.42860677e-6f;
+    vf p = r * 0.00138888889f + 0.00833333333f;
+    p = p * r + 0.0416666667f;
+    p = p * r + 0.166666667f;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    vi exponent = ((vi)turned - (vi)all(shift) + 127) << 23;
+    vf y = p * (vf)exponent;
+    return x < -87.3f ? all(0.f) : y;
+}
+
+// sums + products of neighbouring 16-bit lanes, added in pairs (which pairs meet in which lane does not matter).
+INLINE i8 multiply_add(i8 total, h16 a, h16 b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (i8)_mm256_dpwssd_epi32((__m256i)total, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+    return total + (i8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    __m128i a2[2], b2[2], sum[2];
+    memcpy(a2, &a, 32), memcpy(b2, &b, 32);
+    sum[0] = _mm_madd_epi16(a2[0], b2[0]), sum[1] = _mm_madd_epi16(a2[1], b2[1]);
+    return total + load<i8>(sum);
+#elif defined(__aarch64__)
+    int16x8_t a2[2], b2[2];
+    int32x4_t sum[2];
+    memcpy(a2, &a, 32), memcpy(b2, &b, 32), memcpy(sum, &total, 32);
+    sum[0] = vmlal_high_s16(vmlal_s16(sum[0], vget_low_s16(a2[0]), vget_low_s16(b2[0])), a2[0], b2[0]);
+    sum[1] = vmlal_high_s16(vmlal_s16(sum[1], vget_low_s16(a2[1]), vget_low_s16(b2[1])), a2[1], b2[1]);
+    return load<i8>(sum);
+#else
+    for (int i = 0; i < 8; i++)
+        total[i] += (int16_t)a[2 * i] * (int16_t)b[2 * i] + (int16_t)a[2 * i + 1] * (int16_t)b[2 * i + 1];
+    return total;
+#endif
+}
+
+} // namespace

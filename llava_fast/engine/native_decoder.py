@@ -1,0 +1,122 @@
+"""The decoder on a CPU through the C library: all layers of a step in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_fast.engine.inputs import StepInputs
+from llava_fast.engine.kv_cache import KVCache
+from llava_fast.model import Llava
+from llava_fast.model.quantized import QuantizedLinear
+from llava_kernels import Int4Weight, Int8Weight, dispatch, library
+
+
+class NativeDecoder:
+    """Args:
+    model: its weights are used where they are.
+    cache: float32 or bfloat16, on a CPU.
+    max_length: positions that occur.
+    """
+
+    def __init__(self, model: Llava, cache: KVCache, max_length: int):
+        decoder, text = model.decoder, model.config.text
+        cos, sin = (table.contiguous() for table in decoder.angles(torch.arange(max_length)))
+        described = [_layer(*of) for of in zip(decoder.layers, cache.layers, strict=True)]
+        layers = (library.Layer * len(described))(*described)
+        keys = cache.layers[0][0]  # (blocks, block_size, kv_heads, head_dim)
+        args = library.DecoderArgs(
+            dtype=library.DTYPES[model.dtype],
+            cache_dtype=library.DTYPES[keys.dtype],
+            layers=len(layers),
+            width=text.hidden_size,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            eps=text.rms_norm_eps,
+            layer=layers,
+            norm=decoder.norm.weight.data_ptr(),
+            head=_weight(model.lm_head) if model.lm_head is not None else library.float_weight(decoder.embed_tokens),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            positions=max_length,
+            blocks=keys.shape[0],
+            block_size=keys.shape[1],
+            cache_block_stride=keys.stride(0),
+            cache_token_stride=keys.stride(1),
+            cache_head_stride=keys.stride(2),
+        )
+        self.vocab_size = text.vocab_size
+        handle = library.Handle()
+        self.instructions, self.threads = handle.instructions, handle.threads
+        self._decoder = library.Decoder(handle, args, keep=(model, cache, cos, sin, layers))
+
+    @staticmethod
+    def fits(model: Llava) -> bool:
+        """Whether the library is there and takes this model: float32 and bfloat16, plain, int8 and int4."""
+        text = model.config.text
+        if dispatch.chosen() not in ("auto", "native") or library.load() is None:
+            return False
+        products = [m for m in model.decoder.modules() if isinstance(m, QuantizedLinear)]
+        return (
+            model.dtype in library.DTYPES
+            and all(m.kind in ("int8", "int4") for m in products)
+            and text.head_dim % 2 == 0
+            and text.head_dim <= 256
+            and text.num_attention_heads <= 32 * text.num_key_value_heads
+        )
+
+    def __call__(self, x: Tensor, inputs: StepInputs) -> Tensor:
+        """x: (T, D) embeddings -> (T, D) float32 before the final norm."""
+        x, arrays = x.contiguous(), inputs.arrays
+        hidden = torch.empty(x.shape, dtype=torch.float32)
+        table = arrays["block_table"]
+        args = library.StepArgs(
+            dtype=library.DTYPES[x.dtype],
+            tokens=x.shape[0],
+            sequences=len(inputs.chunks),
+            x=x.data_ptr(),
+            positions=arrays["position_ids"].ctypes.data,
+            slots=arrays["slots"].ctypes.data,
+            block_table=table.ctypes.data,
+            table_stride=table.strides[0] // table.itemsize,
+            context_lens=arrays["context_lens"].ctypes.data,
+            query_start=arrays["query_start"].ctypes.data,
+            hidden=hidden.data_ptr(),
+        )
+        self._decoder.step(args)
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final norm and output head: (n, D) float32 -> logits (n, V) float32."""
+        hidden = hidden.contiguous()
+        logits = torch.empty(hidden.shape[0], self.vocab_size)
+        self._decoder.head(hidden.shape[0], hidden.data_ptr(), logits.data_ptr())
+        return logits
+
+
+def _layer(layer: Any, cache: tuple[Tensor, Tensor]) -> library.Layer:
+    """layer: a DecoderLayer; cache: its keys and values."""
+    described = library.Layer(
+        attention_norm=layer.attention_norm.weight.data_ptr(),
+        mlp_norm=layer.mlp_norm.weight.data_ptr(),
+        k_cache=cache[0].data_ptr(),
+        v_cache=cache[1].data_ptr(),
+    )
+    for name in ("qkv", "out", "gate_up", "down"):
+        setattr(described, name, _weight(getattr(layer, name)))
+    return described
+
+
+def _weight(linear: torch.nn.Module) -> library.Weight:
+    if isinstance(linear, QuantizedLinear):
+        packed = linear.packed
+        if isinstance(packed, Int8Weight):
+            return library.int8_weight(packed)
+        assert isinstance(packed, Int4Weight)
+        return library.int4_weight(packed)
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return library.float_weight(weight)

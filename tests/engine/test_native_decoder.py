@@ -1,0 +1,77 @@
+"""Decoding through the C library beside decoding with torch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import llava_fast as lf
+from llava_fast.config import ModelConfig
+from llava_fast.engine.native_decoder import NativeDecoder
+from llava_fast.model.quantized import quantize
+from llava_fast.processor import Processor, Tokenizer
+from llava_kernels import implementation, library
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="libllava_kernels was not built")
+TOKENIZER = Path(lf.__file__).parent / "train" / "tiny" / "decoder"
+
+
+def model(dtype: torch.dtype = torch.float32, kv_heads: int = 2) -> lf.Llava:
+    preset = ModelConfig.preset("tiny")
+    config = ModelConfig(
+        vision=preset.vision,
+        text=type(preset.text)(**{**vars(preset.text), "num_key_value_heads": kv_heads}),
+        image_token_id=preset.image_token_id,
+    )
+    made = lf.Llava(config, dtype=dtype, seed=0).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(2)
+    return made
+
+
+def answers(made: lf.Llava, choice: str, **budgets) -> list[lf.Completion]:
+    """Mixed lengths, with and without a picture, in a cache that is too small for all of them at once."""
+    rng, requests = np.random.default_rng(0), []
+    for i in range(12):
+        words = [
+            1,
+            *([made.config.image_token_id] * (i % 2)),
+            *rng.integers(10, 600, int(rng.integers(1, 150))).tolist(),
+        ]
+        picture = [rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)] * (i % 2)
+        sampling = lf.SamplingParams(max_tokens=int(rng.integers(1, 30)), ignore_eos=True, prompt_logprobs=0)
+        requests.append(lf.Request(token_ids=words, images=picture, sampling=sampling))
+    processor = Processor.from_config(made.config, Tokenizer.load(TOKENIZER))
+    config = lf.EngineConfig(**{"kv_cache_bytes": 1 << 20, "max_sequences": 8, "max_step_tokens": 100, **budgets})
+    with implementation(choice), lf.Engine(made, processor, config, background=False) as engine:
+        assert isinstance(engine._runner.host_decoder, NativeDecoder) == (choice == "native")
+        return engine.generate(requests)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_same_tokens_in_float32(kv_heads):
+    made = model(kv_heads=kv_heads)
+    ours, theirs = answers(made, "native"), answers(made, "reference")
+    assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
+
+
+def scores(completions: list[lf.Completion]) -> np.ndarray:
+    return np.array([s.logprob for c in completions for s in c.prompt_logprobs if s is not None])
+
+
+def test_bfloat16_is_no_further_from_float32_than_torch():
+    made = model(torch.bfloat16)
+    wide = model(torch.bfloat16).float()
+    exact = scores(answers(wide, "reference"))
+    ours, torchs = scores(answers(made, "native")), scores(answers(made, "reference"))
+    assert np.abs(ours - exact).mean() <= np.abs(torchs - exact).mean()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_weights_give_what_torch_gives_with_them(kind):
+    made = model()
+    quantize(made, kind)
+    ours, theirs = scores(answers(made, "native")), scores(answers(made, "reference"))
+    np.testing.assert_allclose(ours, theirs, atol=5e-3)  # activations of 16 bits

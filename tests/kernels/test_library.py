@@ -1,0 +1,77 @@
+"""The C library on the CPU: products against float64, under each instruction set that this machine has."""
+
+import pytest
+import torch
+
+from llava_kernels import (
+    dequantize_int4,
+    dequantize_int8,
+    library,
+    quantize_int4,
+    quantize_int8,
+)
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="libllava_kernels was not built")
+INSTRUCTIONS = ("portable", "avx2", "avx512", "avx512vnni", "neon")
+SHAPES = [(1, 1), (5, 7), (13, 33), (50, 128), (97, 300), (128, 384)]  # (N, K)
+
+
+def handle(instructions: str, threads: int) -> library.Handle:
+    try:
+        return library.Handle(threads, instructions)
+    except library.LibraryError as error:
+        pytest.skip(str(error))
+
+
+def described(kind: str, weight: torch.Tensor) -> tuple[library.Weight, torch.Tensor, object]:
+    """The weight as the library takes it, its values, and what must stay alive."""
+    if kind == "int8":
+        int8 = quantize_int8(weight)
+        return library.int8_weight(int8), dequantize_int8(int8), int8
+    if kind.startswith("int4"):
+        int4 = quantize_int4(weight, int(kind[5:]))
+        return library.int4_weight(int4), dequantize_int4(int4), int4
+    kept = weight.to(getattr(torch, kind))
+    return library.float_weight(kept), kept, kept
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4 64", "int4 128"])
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_linear(instructions, kind, threads):
+    lk, generator = handle(instructions, threads), torch.Generator().manual_seed(0)
+    for features, width in SHAPES:
+        weight, values, _kept = described(kind, torch.randn(features, width, generator=generator))
+        for rows in (1, 2, 3, 4, 5, 9, 64, 65, 130):
+            wide = torch.randn(rows, width + 3, generator=generator)
+            x, bias = wide[:, :width], torch.randn(features, generator=generator)  # rows lie apart
+            exact = x.double() @ values.double().T + bias
+            size = x.double().abs() @ values.double().abs().T + bias.abs()  # what rounding errors are relative to
+            # int8 and int4 meet activations of 16 bits: half a step of the largest of 128 a value
+            tolerance = 3e-5 if kind.startswith("int") else 4e-7
+            assert ((lk.linear(x, weight, bias) - exact).abs() <= tolerance * size.amax()).all(), (
+                rows,
+                features,
+                width,
+            )
+
+
+def test_linear_in_bfloat16():
+    x, weight = torch.randn(5, 64).bfloat16(), torch.randn(24, 64).bfloat16()
+    bias = torch.randn(24).bfloat16()
+    found = library.Handle(2).linear(x, library.float_weight(weight), bias)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_what_cannot_be_is_refused():
+    lk = library.Handle(1)
+    with pytest.raises(library.LibraryError, match='instructions "vax"'):
+        library.Handle(1, "vax")
+    with pytest.raises(library.LibraryError, match="threads is 5000"):
+        library.Handle(5000)
+    weight = library.float_weight(torch.zeros(4, 4))
+    weight.format = 9
+    with pytest.raises(library.LibraryError, match="no weight format 9"):
+        lk.linear(torch.zeros(1, 4), weight)
