@@ -10,6 +10,7 @@ from torch import Tensor
 from llava_fast.engine.inputs import StepInputs
 from llava_fast.engine.kv_cache import KVCache
 from llava_fast.model import Llava
+from llava_fast.model.linear import Linear
 from llava_fast.model.quantized import QuantizedLinear
 from llava_kernels import Int4Weight, Int8Weight, dispatch, library
 
@@ -59,10 +60,12 @@ class NativeDecoder:
         text = model.config.text
         if dispatch.chosen() not in ("auto", "native") or library.load() is None:
             return False
-        products = [m for m in model.decoder.modules() if isinstance(m, QuantizedLinear)]
+        names = ("qkv", "out", "gate_up", "down")
+        products = [getattr(layer, name) for layer in model.decoder.layers for name in names] + [model.lm_head]
         return (
             model.dtype in library.DTYPES
-            and all(m.kind in ("int8", "int4") for m in products)
+            and all(type(m) in (Linear, QuantizedLinear, type(None)) for m in products)  # adapters are neither
+            and all(m.kind in ("int8", "int4") for m in products if isinstance(m, QuantizedLinear))
             and text.head_dim % 2 == 0
             and text.head_dim <= 256
             and text.num_attention_heads <= 32 * text.num_key_value_heads
