@@ -130,7 +130,7 @@ class Decoder(nn.Module):
     def _run_layer(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
         if self.checkpoint_activations == "none":
             return layer(*inputs)
-        selective = {"context_fn": _keep_products} if self.checkpoint_activations == "selective" else {}
+        selective: Any = {"context_fn": _keep_products} if self.checkpoint_activations == "selective" else {}
         return checkpoint(layer, *inputs, use_reentrant=False, **selective)
 
 

@@ -160,7 +160,7 @@ def share_out(model: Llava, world: World, *, train_decoder: bool, shard_frozen: 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a parameter or gradient, in the same memory; a whole tensor as it is."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def like(param: Tensor, shard: Tensor) -> Tensor:

@@ -22,17 +22,14 @@ def peak_of(device: torch.device) -> float | None:
 
 def step_flops(config: ModelConfig, batch: PackedBatch, train_decoder: bool) -> float:
     """Multiply-adds counted twice, of one forward and backward pass; see :func:`sample_flops`."""
-    lengths = np.array(batch.seqlens, dtype=np.float64)
-    # The supervised tokens and the images count the same in whichever of the batch's samples they stand.
-    supervised, images = np.zeros_like(lengths), np.zeros_like(lengths)
-    if len(lengths):
-        supervised[0], images[0] = batch.num_supervised, batch.num_images
-    return float(sample_flops(config, lengths, supervised, images, train_decoder).sum())
+    sizes = np.zeros((len(batch.seqlens), 3))
+    sizes[:, 0] = batch.seqlens
+    # Supervised tokens and images count the same in whichever of the samples they stand.
+    sizes[:1, 1:] = batch.num_supervised, batch.num_images
+    return float(sample_flops(config, sizes, train_decoder).sum())
 
 
-def sample_flops(
-    config: ModelConfig, tokens: np.ndarray, supervised: np.ndarray, images: np.ndarray, train_decoder: bool
-) -> np.ndarray:
+def sample_flops(config: ModelConfig, sizes: np.ndarray, train_decoder: bool) -> np.ndarray:
     """Operations of a forward and backward pass of each sample, (n,) float64; a multiply-add is two.
 
     The vision tower runs forward only. The decoder's backward pass computes input gradients, and weight gradients when
@@ -41,7 +38,7 @@ def sample_flops(
 
     Args:
         config: of the model.
-        tokens, supervised, images: (n,) of each sample, image rows counted among the tokens.
+        sizes: (n, 3) tokens (image rows counted), supervised tokens and images of each sample.
         train_decoder: stage 2.
     """
     text, vision = config.text, config.vision
@@ -49,7 +46,7 @@ def sample_flops(
     qkv = text.hidden_size * (width + 2 * text.num_key_value_heads * text.head_dim)
     rest = text.hidden_size * width + 3 * text.hidden_size * text.intermediate_size
     layers = text.num_hidden_layers
-    tokens, supervised, images = (np.asarray(a, dtype=np.float64) for a in (tokens, supervised, images))
+    tokens, supervised, images = sizes.astype(np.float64).T
     linear = 2 * (layers * qkv + (layers - 1) * rest) * tokens
     linear += 2 * (rest + text.hidden_size * text.vocab_size) * supervised
     attention = 2 * width * tokens**2 * layers  # causal: half of all pairs

@@ -141,7 +141,7 @@ class Trainer:
             )
         if self.world.any(not (self.out / "run.json").exists()):
             raise ConfigError(f"--out {self.out} is not on a file system that all nodes share; choose one that is")
-        costs = sample_flops(self.model.config, *sizes.T, self.recipe.stage == 2)
+        costs = sample_flops(self.model.config, sizes, self.recipe.stage == 2)
         self.share = deal(
             self.plan, sizes[:, 0], costs, rank=self.world.rank, ranks=ranks, max_tokens=self.recipe.max_tokens
         )
@@ -479,7 +479,7 @@ def held_out_loss(
     lengths = sizes[:, 0]
     plan = plan_run(lengths, batch_size=len(samples), max_tokens=recipe.max_tokens, epochs=1, seed=0)
     if world.sharded:
-        costs = sample_flops(model.config, *sizes.T, True)
+        costs = sample_flops(model.config, sizes, True)
         plan = deal(plan, lengths, costs, rank=world.rank, ranks=world.size, max_tokens=recipe.max_tokens).plan
     told = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
     for bins, (batches, _) in zip(
