@@ -215,7 +215,7 @@ class Trainer:
         started = self.clock = time.perf_counter()
         before = self.seconds
         try:
-            with interrupts(self.stop_asked):
+            with interrupts(self.stop_asked, patience=5.0 if self.world.sharded else 0.0):
                 for batches, bad in self.load():
                     if self.world.any(bool(bad)):
                         for found in self.world.gather(bad):
