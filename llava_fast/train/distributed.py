@@ -117,13 +117,18 @@ def joined(device: torch.device, shard_size: int | None = None) -> Iterator[tupl
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        copies = size // group
-        shape, names = ((copies, group), ("replicate", "shard")) if copies > 1 else ((group,), ("shard",))
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        mesh = mesh_of(device, size, group)
         host, disk = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
         yield World(dist.get_rank(), size, local, mesh, host, disk), device
     finally:
         dist.destroy_process_group()
+
+
+def mesh_of(device: torch.device, size: int, group: int) -> DeviceMesh:
+    """``size`` devices in copies of ``group`` shards; without the dimension of the copies when there is one."""
+    copies = size // group
+    shape, names = ((copies, group), ("replicate", "shard")) if copies > 1 else ((group,), ("shard",))
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 def share_out(model: Llava, world: World, *, train_decoder: bool, shard_frozen: bool) -> None:

@@ -19,7 +19,7 @@ import llava_fast as lf
 from llava_fast.data.scenes import Scenes
 from llava_fast.processor import Processor, Tokenizer
 from llava_fast.train.demo import PARTS
-from llava_fast.train.distributed import World, joined
+from llava_fast.train.distributed import World, joined, mesh_of
 from llava_fast.train.recipe import recipe
 from llava_fast.train.trainer import Trainer
 
@@ -59,21 +59,26 @@ def make_trainer(folder: Path, world: World | None, *, out: str, **changes: Any)
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    for text in sys.argv[2:]:
-        run = json.loads(text)
-        die_at = run.pop("die_at", None)  # (rank, step): this rank is killed there, the first time
-        with joined(torch.device("cpu"), run.get("shard_size")) as (world, _):
-            trainer = make_trainer(folder, world, **run)
+    with joined(torch.device("cpu")) as (world, device):
+        for text in sys.argv[2:]:
+            run = json.loads(text)
+            die_at = run.pop("die_at", None)  # (rank, step): this rank is killed there, the first time
+            mesh = mesh_of(device, world.size, run.get("shard_size", world.size))
+            trainer = make_trainer(folder, dataclasses.replace(world, mesh=mesh), **run)
             if die_at and world.rank == die_at[0] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-                honest = trainer.train_step
-
-                def dying(batches, total, trainer=trainer, honest=honest, step=die_at[1]):
-                    if trainer.step == step:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return honest(batches, total)
-
-                trainer.train_step = dying
+                kill_at(trainer, die_at[1])
             trainer.run()
+
+
+def kill_at(trainer: Trainer, step: int) -> None:
+    honest = trainer.train_step
+
+    def dying(*inputs):
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(*inputs)
+
+    trainer.train_step = dying  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
