@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from llava_fast.batch import PackedBatch
@@ -115,13 +117,25 @@ def joined(device: torch.device, shard_size: int | None = None) -> Iterator[tupl
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, size = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=PrefixStore(_attempt(), store), rank=rank, world_size=size)
     try:
         mesh = mesh_of(device, size, group)
         host, disk = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
         yield World(dist.get_rank(), size, local, mesh, host, disk), device
     finally:
         dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """What names this start of the processes: torchrun's store still holds the addresses of those that it restarts.
+
+    On several nodes the counts of restarts can differ, and torchrun must be told to open a new store each time, with
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
+    """
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if nodes == 1 else "attempt"
 
 
 def mesh_of(device: torch.device, size: int, group: int) -> DeviceMesh:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,5 +153,7 @@ def read(path: Path, world: World, layout: Callable[[str, Tensor], Tensor]) -> d
         for name, entry in metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(target, checkpoint_id=path, process_group=world.host, no_dist=not world.sharded)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant to be in one process
+        dcp.load(target, checkpoint_id=path, process_group=world.host, no_dist=not world.sharded)
     return target
