@@ -54,7 +54,11 @@ def test_linear(benchmark, shape, kind, rows, impl):
     x, handle = torch.randn(rows, width), library.Handle()
     if kind in ("float32", "bfloat16"):
         x = x.to(getattr(torch, kind))
-        kept = [weight.to(x.dtype) for _ in range(copies)] if kind == "bfloat16" else [weight.clone() for _ in range(copies)]
+        kept = (
+            [weight.to(x.dtype) for _ in range(copies)]
+            if kind == "bfloat16"
+            else [weight.clone() for _ in range(copies)]
+        )
         values, weights = kept[0], [library.float_weight(one) for one in kept]
     else:
         quantize, take, back = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,11 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def interrupts(asked: threading.Event) -> Iterator[None]:
+def interrupts(asked: threading.Event, patience: float = 0.0) -> Iterator[None]:
     """Ctrl-C and SIGTERM set ``asked`` instead of breaking a step; a second Ctrl-C breaks at once.
+
+    Under a launcher such as torchrun or srun one Ctrl-C or SIGTERM can arrive twice, from the launcher and from the
+    system; ``patience`` is the number of seconds within which a second one counts as the same.
 
     Outside the main thread, where handlers cannot be set, nothing is changed.
     """
@@ -23,8 +27,13 @@ def interrupts(asked: threading.Event) -> Iterator[None]:
         yield
         return
 
+    first = 0.0
+
     def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
+        nonlocal first
+        if not asked.is_set():
+            first = time.monotonic()
+        elif time.monotonic() - first >= patience:
             raise KeyboardInterrupt
         asked.set()
 

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from llava_fast.batch import PackedBatch
+from llava_fast.config import IGNORE
 from llava_fast.data.packing import fill, plan_bins
 from llava_fast.errors import ImageError, LlavaError, SampleError
 from llava_fast.processor import Encoded, Processor
@@ -55,8 +56,8 @@ class Plan:
     fill: float
 
 
-class Lengths(Dataset):
-    """Sample index -> its number of tokens, 0 when it cannot be used, and why.
+class Sizes(Dataset):
+    """Sample index -> its tokens (0 when it cannot be used), supervised tokens and images; and why it cannot be used.
 
     A random image place is measured as the first one; the other can differ by a few tokens, which bins can bear.
     """
@@ -69,32 +70,53 @@ class Lengths(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[int, Bad | None]:
+    def __getitem__(self, index: int) -> tuple[tuple[int, int, int], Bad | None]:
         try:
-            return len(self.processor.encode(self.samples[index], **vars(self.options)).input_ids), None
+            encoded = self.processor.encode(self.samples[index], **vars(self.options))
         except SampleError as error:
-            return 0, (error.sample_id, error.message)
+            return (0, 0, 0), (error.sample_id, error.message)
+        supervised = int((encoded.labels != IGNORE).sum())
+        return (len(encoded.input_ids), supervised, len(encoded.images)), None
 
 
 def measure(
     samples: SampleSource, processor: Processor, options: EncodeOptions, workers: int = 0
 ) -> tuple[np.ndarray, list[Bad]]:
     """Token lengths of all samples, (n,) int64 with 0 where a sample cannot be used, and the list of those."""
+    sizes, bad = measure_sizes(samples, processor, options, workers)
+    return sizes[:, 0], bad
+
+
+def measure_sizes(
+    samples: SampleSource,
+    processor: Processor,
+    options: EncodeOptions,
+    workers: int = 0,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+) -> tuple[np.ndarray, list[Bad]]:
+    """Tokens, supervised tokens and images of each sample, (n, 3) int64, all 0 where it cannot be used; and those.
+
+    Of several ``ranks`` each measures its share: every ranks-th sample from ``rank`` on. A bar tells of rank 0's.
+    """
+    mine = range(rank, len(samples), ranks)
     loader = DataLoader(
-        Lengths(samples, processor, options),
+        Subset(Sizes(samples, processor, options), mine),
         batch_size=64,
         collate_fn=list,
-        num_workers=workers if len(samples) > 2000 else 0,
+        num_workers=workers if len(mine) > 2000 else 0,
         worker_init_fn=_leave_interrupts_to_parent,
     )
-    bar = tqdm(total=len(samples), desc="tokenizing", unit="sample", leave=False, delay=2)
-    lengths, bad = [], []
+    bar = tqdm(total=len(mine), desc="tokenizing", unit="sample", leave=False, delay=2, disable=rank != 0)
+    sizes: list[tuple[int, int, int]] = []
+    bad: list[Bad] = []
     for rows in loader:
-        lengths += [length for length, _ in rows]
+        sizes += [size for size, _ in rows]
         bad += [fault for _, fault in rows if fault]
         bar.update(len(rows))
     bar.close()
-    return np.array(lengths, dtype=np.int64), bad
+    return np.array(sizes, dtype=np.int64).reshape(-1, 3), bad
 
 
 def plan_run(lengths: np.ndarray, *, batch_size: int, max_tokens: int, epochs: int, seed: int) -> Plan:

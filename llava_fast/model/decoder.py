@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llava_fast.config import TextConfig
 from llava_fast.model.linear import Linear
@@ -18,6 +18,8 @@ from llava_kernels import add_rms_norm, rms_norm, rope, swiglu
 # The decoder does not know whether keys lie in the batch or in a cache; who calls it does, and may turn and store them
 # in one go.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_mm.", "aten.linear.")
 
 
 def turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,19 +76,26 @@ class DecoderLayer(nn.Module):
         self.down = Linear(inner, dim, **kw)
 
     def forward(
-        self, x: Tensor, update: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x, update: (T, D), the residual stream and what the layer before adds to it. The same two are returned.
 
-        An addition is left to the norm that follows it: one pass over the stream instead of two.
+        An addition is left to the norm that follows it: one pass over the stream instead of two. With ``rows`` (L,)
+        integer, every token is attended to, but what follows attention is computed and returned for these rows alone.
         """
         h, x = self.attention_norm.after_adding(x, update)
-        h, x = self.mlp_norm.after_adding(x, self.attention(h, cos, sin, attend))
+        qkv = self.qkv(h).unflatten(-1, (-1, self.head_dim))  # (T, heads + 2 kv_heads, head_dim)
+        attended = attend(self.index, qkv, cos, sin).flatten(1)
+        if rows is not None:
+            attended, x = attended.index_select(0, rows), x.index_select(0, rows)
+        h, x = self.mlp_norm.after_adding(x, self.out(attended))
         return x, self.down(swiglu(self.gate_up(h)))
-
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (T, heads + 2 kv_heads, head_dim)
-        return self.out(attend(self.index, qkv, cos, sin).flatten(1))
 
 
 class Decoder(nn.Module):
@@ -97,7 +106,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # recompute each layer in the backward pass instead of keeping it
+        self.checkpoint_activations = "none"  # what the backward pass computes anew instead of keeping it: see below
         self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device))
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
@@ -114,16 +123,42 @@ class Decoder(nn.Module):
         freqs = position_ids.float().unsqueeze(1) * self.inv_freq
         return freqs.cos() * self.rope_scale, freqs.sin() * self.rope_scale
 
-    def forward(self, x: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
-        """x: (T, D) embeddings -> (T, D) hidden states before the final norm."""
+    def forward(self, x: Tensor, position_ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """x: (T, D) embeddings -> (T, D) hidden states before the final norm; (L, D) of ``rows`` (L,) when given.
+
+        ``checkpoint_activations`` says what of a layer is kept for the backward pass: "none" is checkpointed, all is
+        kept; "selective" keeps the products' and attention's results and computes norms, rotation and SwiGLU anew;
+        "full" keeps the layer's input alone.
+        """
         cos, sin = self.angles(position_ids)
+        run = self._run_layer if torch.is_grad_enabled() else _run
         update = None
-        for layer in self.layers:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x, update = checkpoint(layer, x, update, cos, sin, attend, use_reentrant=False)
-            else:
-                x, update = layer(x, update, cos, sin, attend)
-        return x if update is None else x + update
+        *layers, last = self.layers
+        for layer in layers:
+            x, update = run(layer, x, update, cos, sin, attend)
+        x, update = run(last, x, update, cos, sin, attend, rows)
+        return x + update
+
+    def _run_layer(self, layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
+        if self.checkpoint_activations == "none":
+            return layer(*inputs)
+        selective: Any = {"context_fn": _keep_products} if self.checkpoint_activations == "selective" else {}
+        return checkpoint(layer, *inputs, use_reentrant=False, **selective)
+
+
+def _run(layer: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
+    return layer(*inputs)
+
+
+def _keep_products() -> Any:
+    """The two contexts of selective checkpointing: the results of matrix products and of attention are kept."""
+    return create_selective_checkpoint_contexts(_keep_or_recompute)
+
+
+def _keep_or_recompute(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = str(op)
+    dear = name.startswith(PRODUCTS) or "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def rope_frequencies(config: TextConfig) -> tuple[Tensor, float]:

@@ -117,9 +117,12 @@ class Llava(nn.Module):
             )
         return self.projector(features, self.decoder.embed_tokens, batch.input_ids, batch.image_rows, batch.text_rows)
 
-    def hidden(self, batch: PackedBatch, attend: Attend | None = None) -> Tensor:
-        """Hidden states (T, D) before the final norm; ``attend`` replaces attention within the batch."""
-        return self.decoder(self.embed(batch), batch.position_ids, attend or self._attend_within(batch))
+    def hidden(self, batch: PackedBatch, attend: Attend | None = None, rows: Tensor | None = None) -> Tensor:
+        """Hidden states (T, D) before the final norm, or (L, D) of ``rows`` (L,) alone.
+
+        ``attend`` replaces attention within the batch.
+        """
+        return self.decoder(self.embed(batch), batch.position_ids, attend or self._attend_within(batch), rows)
 
     def _attend_within(self, batch: PackedBatch) -> Attend:
         def attend(layer: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -139,16 +142,17 @@ class Llava(nn.Module):
         """Logits (T, V) of every position, for study and parity; training never holds them."""
         return self.head(self.hidden(batch))
 
-    def loss(self, batch: PackedBatch, denominator: int | None = None) -> Tensor:
+    def loss(self, batch: PackedBatch, denominator: int | Tensor | None = None) -> Tensor:
         """Mean cross entropy over the supervised tokens (equation 3), a float32 scalar.
 
         Args:
             batch: at least one supervised token, unless ``denominator`` is given.
-            denominator: divide the sum by this instead, such as the count over all batches of an optimizer step.
+            denominator: divide the sum by this instead, such as the count over all batches of an optimizer step; a
+                scalar tensor stays on the device.
         """
-        rows = batch.supervised_rows.long()
-        hidden = self.decoder.norm(self.hidden(batch)[rows])  # (L, D): unsupervised rows end here
-        total = linear_cross_entropy(hidden, self.head_weight, batch.labels[rows])
+        rows = batch.supervised_rows
+        hidden = self.decoder.norm(self.hidden(batch, rows=rows))  # (L, D): unsupervised rows end in the last layer
+        total = linear_cross_entropy(hidden, self.head_weight, batch.labels.index_select(0, rows))
         return total / (batch.num_supervised if denominator is None else denominator)
 
     def generate(

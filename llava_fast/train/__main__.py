@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shutil
 import sys
 import typing
@@ -16,12 +17,13 @@ from llava_fast.checkpoint import join, load_projector
 from llava_fast.checkpoint.adapter import is_adapter
 from llava_fast.config import FEATURES, PRESETS, PROJECTORS, ModelConfig
 from llava_fast.data.samples import load_samples
-from llava_fast.errors import ConfigError, LlavaError
+from llava_fast.errors import CheckpointError, ConfigError, LlavaError
 from llava_fast.interrupt import Interrupted
 from llava_fast.model import Llava, lora, nf4
 from llava_fast.pretrained import load
 from llava_fast.processor import Processor, Tokenizer
 from llava_fast.train import demo
+from llava_fast.train.distributed import World, joined, place
 from llava_fast.train.recipe import RECIPES, Recipe, recipe
 from llava_fast.train.trainer import Trainer
 
@@ -108,29 +110,45 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        if args.fresh and args.out.exists():
-            remove_run(args.out)
         return run(args)
     except Interrupted as stopped:
-        print(f"\n{stopped}\nstart the same command again to go on", file=sys.stderr)
+        tell(f"{stopped}\nstart the same command again to go on")
         return 130
     except KeyboardInterrupt:
         print("\nstopped at once; the last checkpoint stands", file=sys.stderr)
         return 130
+    except CheckpointError as error:
+        tell(f"error: {error}", alone=True)
+        return 1
     except LlavaError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return 1
     except torch.OutOfMemoryError as error:
-        print(
-            f"\nerror: out of memory: {str(error).splitlines()[0]}\n"
-            "lower --max-tokens, or add --activation-checkpointing",
-            file=sys.stderr,
+        tell(
+            f"error: out of memory: {str(error).splitlines()[0]}\n"
+            f"lower --max-tokens, or add --activation-checkpointing selective or full, or share the weights out among "
+            f"more processes",
+            alone=True,
         )
         return 1
 
 
+def tell(message: str, alone: bool = False) -> None:
+    """On the terminal. What all ranks meet alike rank 0 tells; what one may meet ``alone`` it tells with its name."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or alone:
+        print(f"\n{message}" if rank == 0 else f"\n{place()}: {message}", file=sys.stderr)
+
+
 def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with joined(device, args.shard_size) as (world, device):
+        return run_in(args, world, device)
+
+
+def run_in(args: argparse.Namespace, world: World, device: torch.device) -> int:
+    if args.fresh:
+        world.on_main(lambda: remove_run(args.out) if args.out.exists() else None)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     if args.data is None:
         given = [
@@ -140,13 +158,20 @@ def run(args: argparse.Namespace) -> int:
         ]
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} needs --data: LLaVA JSON to train on")
+        if world.sharded:
+            raise ConfigError("the demonstration runs in one process; start it without torchrun, or give --data")
         demo.run(args.out, device=device, dtype=dtype, seed=args.seed or 0, workers=args.workers)
         return 0
     chosen = choose_recipe(args)
     samples = load_samples(args.data, args.images)
     eval_samples = load_samples(args.eval_data, args.images) if args.eval_data else None
     model, processor = start_from(args, chosen, device, dtype)
-    summary = Trainer(model, processor, chosen, samples, args.out, eval_samples=eval_samples, wandb=args.wandb).run()
+    trainer = Trainer(
+        model, processor, chosen, samples, args.out, eval_samples=eval_samples, wandb=args.wandb, world=world
+    )
+    summary = trainer.run()
+    if not world.main:
+        return 0
     print(
         f"loss {summary['first_loss']:.4f} -> {summary['final_loss']:.4f} in {summary['steps']} steps, "
         f"{summary['seconds']:.0f} s, {summary['supervised_tokens_per_s']:,.0f} supervised of "

@@ -71,13 +71,16 @@ def load_newest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[s
     return None
 
 
-def check(path: Path) -> None:
-    """Raises CheckpointError naming the file when anything in the checkpoint ``path`` is missing or differs."""
+def check(path: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Raises CheckpointError naming the file when anything in the checkpoint ``path`` is missing or differs.
+
+    ``share`` (i, n): every n-th file from the i-th on, for one of n processes that check together.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} has no readable {MANIFEST} ({type(error).__name__})") from None
-    for name, expected in manifest.items():
+    for name, expected in [*manifest.items()][share[0] :: share[1]]:
         file = path / name
         if not file.exists():
             raise CheckpointError(f"checkpoint {path} lacks {name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from llava_fast.batch import PackedBatch
@@ -20,29 +21,44 @@ def peak_of(device: torch.device) -> float | None:
 
 
 def step_flops(config: ModelConfig, batch: PackedBatch, train_decoder: bool, adapters: int = 0) -> float:
-    """Multiply-adds counted twice, of one forward and backward pass.
+    """Multiply-adds counted twice, of one forward and backward pass; see :func:`sample_flops`.
+
+    ``adapters``: parameters of LoRA adapters, which are trained.
+    """
+    sizes = np.zeros((len(batch.seqlens), 3))
+    sizes[:, 0] = batch.seqlens
+    # Supervised tokens and images count the same in whichever of the samples they stand.
+    images = batch.num_images if batch.pixel_values.dim() == 4 else 0  # features from a cache cost no tower
+    sizes[:1, 1:] = batch.num_supervised, images
+    return float(sample_flops(config, sizes, train_decoder).sum()) + 3 * 2 * adapters * batch.num_tokens
+
+
+def sample_flops(config: ModelConfig, sizes: np.ndarray, train_decoder: bool) -> np.ndarray:
+    """Operations of a forward and backward pass of each sample, (n,) float64; a multiply-add is two.
 
     The vision tower runs forward only. The decoder's backward pass computes input gradients, and weight gradients when
-    it is trained. The head counts for supervised rows only. Recomputation is not counted. ``adapters``: parameters of
-    LoRA adapters, which are trained.
+    it is trained. What follows attention in the last layer, and the head, count for supervised rows only. Recomputation
+    is not counted.
+
+    Args:
+        config: of the model.
+        sizes: (n, 3) tokens (image rows counted), supervised tokens and images of each sample.
+        train_decoder: stage 2.
     """
     text, vision = config.text, config.vision
-    heads = text.num_attention_heads + 2 * text.num_key_value_heads
-    layer = text.hidden_size * (heads + text.num_attention_heads) * text.head_dim
-    layer += 3 * text.hidden_size * text.intermediate_size
-    passes = 3 if train_decoder else 2
-    linear = 2 * layer * text.num_hidden_layers * batch.num_tokens
-    linear += 2 * text.hidden_size * text.vocab_size * batch.num_supervised
-    trained = 3 * 2 * adapters * batch.num_tokens
-    squares = sum(n * n for n in batch.seqlens)
-    attention = 2 * text.num_attention_heads * text.head_dim * squares * text.num_hidden_layers  # causal: half
-    rows = batch.image_rows.shape[0]
-    projector = 2 * vision.hidden_size * text.hidden_size * rows
+    width = text.num_attention_heads * text.head_dim
+    qkv = text.hidden_size * (width + 2 * text.num_key_value_heads * text.head_dim)
+    rest = text.hidden_size * width + 3 * text.hidden_size * text.intermediate_size
+    layers = text.num_hidden_layers
+    tokens, supervised, images = sizes.astype(np.float64).T
+    linear = 2 * (layers * qkv + (layers - 1) * rest) * tokens
+    linear += 2 * (rest + text.hidden_size * text.vocab_size) * supervised
+    attention = 2 * width * tokens**2 * layers  # causal: half of all pairs
+    projector = vision.hidden_size * text.hidden_size
     if config.projector == "mlp2x_gelu":
-        projector += 2 * text.hidden_size**2 * rows
-    images = batch.num_images if batch.pixel_values.dim() == 4 else 0  # features from a cache cost no tower
-    patches = images * (vision.num_patches + 1)
-    tower_layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    tower = 2 * tower_layer * config.vision_layers_run * patches
-    tower += 4 * vision.hidden_size * (vision.num_patches + 1) * patches * config.vision_layers_run
-    return passes * linear + trained + 3 * attention + 3 * projector + tower
+        projector += text.hidden_size**2
+    seen = vision.num_patches + 1
+    tower_layer = 2 * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size) * seen
+    tower_layer += 4 * vision.hidden_size * seen**2
+    picture = 3 * 2 * projector * config.tokens_per_image + tower_layer * config.vision_layers_run
+    return (3 if train_decoder else 2) * linear + 3 * attention + picture * images

@@ -60,6 +60,22 @@ class Log:
             self.wandb.finish()
 
 
+class NoLog:
+    """What every rank but the first tells: nothing."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.bar = tqdm(disable=True)
+
+    def record(self, **values: Any) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a last line cut short by a crash is left out."""
     records = []

@@ -44,7 +44,13 @@ class Recipe:
     feature_cache: str | None = option(None, "folder for the frozen tower's features, worked out once for all epochs")
     feature_cache_dtype: str = option("bfloat16", "what the cache keeps features in", ("bfloat16", "float32"))
     seed: int = option(0, "of the data order, the image placement and fresh weights")
-    activation_checkpointing: bool = option(False, "recompute each decoder layer in the backward pass to save memory")
+    activation_checkpointing: str = option(
+        "none",
+        "what the backward pass computes anew to save memory: nothing; norms, rotation and SwiGLU; whole layers",
+        ("none", "selective", "full"),
+    )
+    shard_size: int | None = option(None, "processes that share one copy of the weights; default those of a node")
+    shard_frozen: bool = option(False, "share a frozen decoder out among processes too, instead of one copy on each")
     log_every: int = option(10, "steps between two log lines")
     save_every: int = option(200, "steps between two checkpoints")
     keep: int = option(2, "checkpoints that are kept")

@@ -14,24 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llava_fast.batch import PackedBatch
 from llava_fast.checkpoint import save_projector
 from llava_fast.checkpoint.files import write_json
+from llava_fast.data.dealing import Share, deal
 from llava_fast.data.feature_cache import cached_processor
-from llava_fast.data.loader import EncodeOptions, Plan, SampleSource, fingerprint, load_steps, measure, plan_run
+from llava_fast.data.loader import EncodeOptions, Plan, SampleSource, fingerprint, load_steps, measure_sizes, plan_run
 from llava_fast.errors import ConfigError, LlavaError, SampleError, TrainingError
 from llava_fast.interrupt import Interrupted, interrupts
 from llava_fast.model import Llava
 from llava_fast.pretrained import save
 from llava_fast.processor import Processor
 from llava_fast.train import checkpoints
-from llava_fast.train.flops import peak_of, step_flops
-from llava_fast.train.log import Log, plot_losses
+from llava_fast.train.distributed import World, empty_batch, gathered, share_out
+from llava_fast.train.flops import peak_of, sample_flops, step_flops
+from llava_fast.train.log import Log, NoLog, plot_losses
 from llava_fast.train.optimizer import MasterAdamW, cosine
 from llava_fast.train.recipe import Recipe
+from llava_fast.train.sharded_checkpoints import ShardWriter, find_newest, read
 from llava_fast.train.stages import freeze, trained
 
 
@@ -61,6 +65,8 @@ class Trainer:
         out: folder of the run. A run that was started there with the same recipe and data goes on.
         eval_samples: held-out samples whose loss is taken during the run.
         wandb: Weights & Biases project.
+        world: the processes that train together; default this one alone. Every one makes its Trainer, with the same
+            model, recipe and samples.
     """
 
     def __init__(
@@ -73,35 +79,43 @@ class Trainer:
         *,
         eval_samples: SampleSource | None = None,
         wandb: str | None = None,
+        world: World | None = None,
     ):
         self.model, self.recipe, self.samples, self.out = model, recipe, samples, out
+        self.world = world or World()
+        self.dtype = model.dtype  # to compute in
         self.processor = processor
         self.eval_samples = eval_samples
         self.wandb = wandb
         self.options = EncodeOptions(recipe.mask, recipe.image_position, recipe.seed)
-        self.workers = recipe.workers if recipe.workers is not None else min(8, max(0, (os.cpu_count() or 1) - 1))
+        self.workers = recipe.workers if recipe.workers is not None else default_workers(self.world.local_size)
         self.stop_asked = threading.Event()
         self.skipped: dict[str, str] = {}
 
     # ---- before the first step ---------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Freeze, measure, plan, and take up the newest checkpoint."""
+        """Freeze, measure, plan, share out, and take up the newest checkpoint."""
         torch.manual_seed(self.recipe.seed)  # of the adapters' dropout
         freeze(self.model, self.recipe.stage)
         self.adapters = sum(p.numel() for name, p in trained(self.model) if ".lora_" in name)
+        if self.world.sharded and (self.adapters or self.recipe.feature_cache):
+            what = "--lora-rank" if self.adapters else "--feature-cache"
+            raise ConfigError(f"{what} works in one process only, so far; leave it out, or start without torchrun")
         self.model.decoder.checkpoint_activations = self.recipe.activation_checkpointing
         self.out.mkdir(parents=True, exist_ok=True)
-        lengths, bad = measure(self.samples, self.processor, self.options, self.workers)
-        self.note_bad(bad)
+        sizes = self.measure()
         self.plan: Plan = plan_run(
-            lengths,
+            sizes[:, 0],
             batch_size=self.recipe.batch_size,
             max_tokens=self.recipe.max_tokens,
             epochs=self.recipe.epochs,
             seed=self.recipe.seed,
         )
-        self.claim_folder(fingerprint(lengths))
+        self.world.on_main(lambda: self.claim_folder(fingerprint(sizes[:, 0])))
+        self.share: Share | None = None
+        if self.world.sharded:
+            self.join(sizes)
         self.optimizer = MasterAdamW(
             trained(self.model),
             lr=self.recipe.lr,
@@ -118,6 +132,38 @@ class Trainer:
         self.saved_at: Path | None = None
         self.resume()
 
+    def measure(self) -> np.ndarray:
+        """Tokens, supervised tokens and images of every sample, (n, 3); the ranks share the work."""
+        rank, ranks = self.world.rank, self.world.size
+        mine = measure_sizes(self.samples, self.processor, self.options, self.workers, rank=rank, ranks=ranks)
+        sizes = np.zeros((len(self.samples), 3), dtype=np.int64)
+        for i, (part, bad) in enumerate(self.world.gather(mine)):
+            sizes[i::ranks] = part
+            self.note_bad(bad)
+        return sizes
+
+    def join(self, sizes: np.ndarray) -> None:
+        """Take this rank's share of the data and of the weights."""
+        ranks = self.world.size
+        if self.recipe.batch_size < ranks:
+            raise ConfigError(
+                f"batch_size={self.recipe.batch_size} leaves some of {ranks} processes without a sample; "
+                f"raise --batch-size to {ranks} or more, or start fewer"
+            )
+        if self.world.any(not (self.out / "run.json").exists()):
+            raise ConfigError(f"--out {self.out} is not on a file system that all nodes share; choose one that is")
+        costs = sample_flops(self.model.config, sizes, self.recipe.stage == 2)
+        self.share = deal(
+            self.plan, sizes[:, 0], costs, rank=self.world.rank, ranks=ranks, max_tokens=self.recipe.max_tokens
+        )
+        share_out(
+            self.model,
+            self.world,
+            train_decoder=self.recipe.stage == 2,
+            shard_frozen=self.recipe.shard_frozen,
+        )
+        self.writer = ShardWriter(self.out / "checkpoints", self.recipe.keep, self.world)
+
     def claim_folder(self, data: str) -> None:
         """Remember what run this folder is of; refuse to go on with a different one."""
         free = (
@@ -127,6 +173,8 @@ class Trainer:
             "keep",
             "eval_every",
             "feature_cache",
+            "shard_size",
+            "shard_frozen",
         )  # these change nothing that is learned
         chosen = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in free}
         mine = {"recipe": chosen, "data": data, "model": dataclasses.asdict(self.model.config)}
@@ -145,19 +193,20 @@ class Trainer:
             )
 
     def resume(self) -> None:
-        found = checkpoints.load_newest(self.out / "checkpoints")
+        found = find_newest(self.out / "checkpoints", self.world)
         self.resumed_from: int | None = None
         if found is None:
             return
-        tensors, state, faults = found
-        for fault in faults:
+        path, state, faults = found
+        for fault in faults if self.world.main else ():
             print(f"passed over: {fault}")
-        self.optimizer.load(tensors)
+        self.optimizer.load(read(path, self.world, self.optimizer.layout))
         self.step = self.resumed_from = state["step"]
         self.seconds, self.tokens, self.supervised = state["seconds"], state["tokens"], state["supervised"]
         self.skipped = dict(state["skipped"])
-        self.saved_at = self.out / "checkpoints" / f"step-{self.step:08d}"
-        checkpoints.set_rng_state(state["rng"])
+        self.saved_at = path
+        if not self.world.sharded and "rng" in state:
+            checkpoints.set_rng_state(state["rng"])
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -171,20 +220,24 @@ class Trainer:
         """
         self.prepare()
         total = len(self.plan.steps)
-        self.log = Log(self.out, self.step, total, f"stage {self.recipe.stage}", self.wandb)
+        title = f"stage {self.recipe.stage}"
+        self.log: Log | NoLog = Log(self.out, self.step, total, title, self.wandb) if self.world.main else NoLog()
         self.log.say(self.opening(total))
         pending: list[StepResult] = []
         started = self.clock = time.perf_counter()
         before = self.seconds
         try:
-            with interrupts(self.stop_asked):
+            with interrupts(self.stop_asked, patience=5.0 if self.world.sharded else 0.0):
                 for batches, bad in self.load():
-                    self.note_bad(bad)
+                    if self.world.any(bool(bad)):
+                        for found in self.world.gather(bad):
+                            self.note_bad(found)
                     pending.append(self.train_step(batches, total))
                     self.step += 1
                     self.seconds = before + time.perf_counter() - started
                     last = self.step == total
-                    save_now = last or self.step % self.recipe.save_every == 0 or self.stop_asked.is_set()
+                    stop = self.world.any(self.stop_asked.is_set())  # all ranks stop after the same step
+                    save_now = last or self.step % self.recipe.save_every == 0 or stop
                     eval_now = self.eval_samples is not None and (last or self.step % self.recipe.eval_every == 0)
                     if save_now or eval_now or self.step % self.recipe.log_every == 0:
                         self.report(pending)
@@ -192,7 +245,8 @@ class Trainer:
                         self.evaluate()
                     if save_now:
                         self.save()
-                    if self.stop_asked.is_set() and not last:
+                    if stop and not last:
+                        self.await_saved()
                         raise Interrupted(f"stopped at step {self.step} of {total}; saved in {self.saved_at}")
                     self.log.bar.update()
             return self.finish()
@@ -200,10 +254,18 @@ class Trainer:
             self.log.close()
 
     def load(self) -> Iterator[tuple[list[PackedBatch], list[tuple[str, str]]]]:
+        """The batches of every step that is left; on several ranks as many a step on each, some of them maybe empty."""
+        plan = self.share.plan if self.share else self.plan
+        for bins, (batches, bad) in zip(plan.steps[self.step :], self.load_share(plan), strict=True):
+            if self.share:
+                batches = batches + [empty_batch(self.model.config)] * (len(bins) - len(batches))
+            yield batches, bad
+
+    def load_share(self, plan: Plan) -> Iterator[tuple[list[PackedBatch], list[tuple[str, str]]]]:
         return load_steps(
             self.samples,
             self.loading,
-            self.plan,
+            plan,
             self.options,
             start=self.step,
             workers=self.workers,
@@ -214,14 +276,20 @@ class Trainer:
         """Forward and backward over the bins of the step, then one update.
 
         The loss is the mean over all supervised tokens of the global batch: each bin's sum is divided by their count
-        over all bins, so a bin with few answers does not weigh as much as one with many.
+        over all bins, so a bin with few answers does not weigh as much as one with many. Ranks add up their counts and
+        their gradients; what is told of the step here is this rank's part.
         """
         supervised = sum(batch.num_supervised for batch in batches)
+        denominator: int | Tensor = supervised
+        if self.world.sharded:
+            torch.manual_seed(self.recipe.seed + 1_000_003 * self.step + self.world.rank)  # whatever was before
+            count = torch.full((), float(supervised), device=self.model.device)
+            denominator = self.world.sum(count).clamp(min=1)
         loss = torch.zeros((), device=self.model.device)
         flops = 0.0
         for batch in batches:
-            batch = batch.to(self.model.device, self.model.dtype)
-            part = self.model.loss(batch, denominator=supervised)
+            batch = batch.to(self.model.device, self.dtype)
+            part = self.model.loss(batch, denominator=denominator)
             part.backward()
             loss += part.detach()
             flops += step_flops(self.model.config, batch, self.recipe.stage == 2 and not self.adapters, self.adapters)
@@ -248,8 +316,14 @@ class Trainer:
             f"stage {self.recipe.stage}: training {names[self.recipe.stage]} ({count:,} parameters) on "
             f"{len(self.samples)} samples, {self.recipe.epochs} epoch(s), {total} steps",
             f"bins of {self.plan.bin_tokens} tokens, {self.plan.fill:.1%} full; {self.model.device}, "
-            f"{str(self.model.dtype).removeprefix('torch.')}; {self.workers} data worker(s)",
+            f"{str(self.dtype).removeprefix('torch.')}; {self.workers} data worker(s)",
         ]
+        if self.share and self.world.mesh is not None:
+            shape = " x ".join(map(str, self.world.mesh.shape))
+            lines.append(
+                f"{self.world.size} processes (mesh {shape}); in a pass the average bin holds {self.share.fill:.1%} of "
+                f"the fullest one's tokens, the dearest costs {self.share.spread:.3f} of the average one's work"
+            )
         if self.resumed_from is not None:
             lines.append(f"going on from {self.saved_at}")
         return "\n".join(lines)
@@ -259,8 +333,7 @@ class Trainer:
         if not pending:
             return
         seconds = time.perf_counter() - self.clock
-        losses = torch.stack([r.loss for r in pending]).tolist()
-        norms = torch.stack([r.grad_norm for r in pending]).tolist()
+        losses, norms = self.fetch(pending)
         for result, loss, norm in zip(pending, losses, norms, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self.stop_for(result, loss, norm)
@@ -281,7 +354,7 @@ class Trainer:
         }
         peak = peak_of(self.model.device)
         if peak:
-            speed["model_flop_utilisation"] = sum(r.flops for r in pending) / seconds / peak
+            speed["model_flop_utilisation"] = sum(r.flops for r in pending) / seconds / peak / self.world.size
         self.log.record(step=self.step, **speed)
         self.log.flush()
         used = f"  MFU {speed['model_flop_utilisation']:.1%}" if peak else ""
@@ -293,8 +366,24 @@ class Trainer:
         pending.clear()
         self.clock = time.perf_counter()
 
+    def fetch(self, pending: list[StepResult]) -> tuple[list[float], list[float]]:
+        """Losses and gradient norms of the steps, on the host; on several ranks the losses, and each result's counts in
+        place, are those of all ranks together."""
+        losses = torch.stack([r.loss for r in pending])
+        norms = torch.stack([r.grad_norm for r in pending]).tolist()
+        if not self.world.sharded:
+            return losses.tolist(), norms
+        counts = [[r.tokens, r.supervised, r.flops] for r in pending]
+        told = torch.tensor(counts, dtype=torch.float64).to(losses.device)  # (steps, 3)
+        told = self.world.sum(torch.cat((losses.double().unsqueeze(1), told), dim=1))
+        for result, (_, tokens, supervised, flops) in zip(pending, told.tolist(), strict=True):
+            result.tokens, result.supervised, result.flops = int(tokens), int(supervised), flops
+        return told[:, 0].tolist(), norms
+
     def stop_for(self, result: StepResult, loss: float, norm: float) -> None:
-        shown = ", ".join(result.sample_ids[:20]) + (", ..." if len(result.sample_ids) > 20 else "")
+        ids = [sample for ids in self.world.gather(result.sample_ids) for sample in ids]
+        shown = ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else "")
+        self.await_saved()
         good = self.saved_at or "none was written yet"
         raise TrainingError(
             f"step {result.step}: loss is {loss}, gradient norm {norm}; the samples of the step are {shown}; "
@@ -308,13 +397,14 @@ class Trainer:
                 raise SampleError(sample_id, f"{why} (--on-bad-sample skip leaves such samples out)")
             if sample_id not in self.skipped:
                 self.skipped[sample_id] = why
-                print(f"skipped sample {sample_id!r}: {why}")
+                if self.world.main:
+                    print(f"skipped sample {sample_id!r}: {why}")
 
     @torch.no_grad()
     def evaluate(self) -> None:
         """Mean loss over the supervised tokens of the held-out samples."""
         assert self.eval_samples is not None
-        loss = held_out_loss(self.model, self.processor, self.recipe, self.eval_samples, self.workers)
+        loss = held_out_loss(self.model, self.processor, self.recipe, self.eval_samples, self.workers, self.world)
         self.log.record(step=self.step, eval_loss=loss)
         self.log.flush()
         self.log.say(f"step {self.step:>6}  held-out loss {loss:.4f}")
@@ -328,22 +418,38 @@ class Trainer:
             "tokens": self.tokens,
             "supervised": self.supervised,
             "skipped": self.skipped,
-            "rng": checkpoints.rng_state(),
         }
-        self.saved_at = checkpoints.save(
-            self.out / "checkpoints", self.step, self.optimizer.state(), state, self.recipe.keep
-        )
+        if self.world.sharded:
+            self.writer.save(self.step, self.optimizer.state(), state)
+        else:
+            state["rng"] = checkpoints.rng_state()
+            folder, keep = self.out / "checkpoints", self.recipe.keep
+            self.saved_at = checkpoints.save(folder, self.step, self.optimizer.state(), state, keep)
         self.clock = time.perf_counter()
 
+    def await_saved(self) -> None:
+        """Until the checkpoint that was begun last is whole."""
+        if self.world.sharded:
+            self.writer.wait()
+            self.saved_at = self.writer.published or self.saved_at
+
     def finish(self) -> dict[str, Any]:
-        """Write what the stage is for, the plot and summary.json."""
+        """Write what the stage is for, the plot and summary.json; every rank gets what rank 0 wrote."""
         self.log.say("writing the result")
+        self.await_saved()
+        model: Llava | None = self.model
+        if self.world.sharded:
+            model = gathered(self.model, self.world, self.model.config, self.dtype)
+        return self.world.on_main(lambda: self.write_result(model))
+
+    def write_result(self, model: Llava | None) -> dict[str, Any]:
+        assert model is not None
         if self.recipe.stage == 1:
             result = self.out / "projector.safetensors"
-            save_projector(self.model, result)
+            save_projector(model, result)
         else:
             result = self.out / ("adapter" if self.adapters else "model")
-            save(self.model, self.processor, result)
+            save(model, self.processor, result)
         steps = [r for r in self.log.records if "loss" in r]
         plot_losses(self.log.records, self.out / "loss.png", f"stage {self.recipe.stage}")
         tail = [r["loss"] for r in steps[-max(1, len(steps) // 10) :]]
@@ -362,25 +468,49 @@ class Trainer:
             "tokens_per_s": self.tokens / self.seconds,
             "supervised_tokens_per_s": self.supervised / self.seconds,
             "bin_fill": self.plan.fill,
+            "processes": self.world.size,
+            "rank_fill": self.share.fill if self.share else 1.0,
+            "rank_spread": self.share.spread if self.share else 1.0,
             "losses": [r["loss"] for r in steps],
         }
         write_json(self.out / "summary.json", summary)
         return summary
 
 
-def held_out_loss(model: Llava, processor: Processor, recipe: Recipe, samples: SampleSource, workers: int) -> float:
+def held_out_loss(
+    model: Llava,
+    processor: Processor,
+    recipe: Recipe,
+    samples: SampleSource,
+    workers: int,
+    world: World | None = None,
+) -> float:
     """Mean cross entropy over the supervised tokens of ``samples``, images where the data puts them."""
+    world = world or World()
     options = EncodeOptions(recipe.mask, "as_written", recipe.seed)
-    lengths, _ = measure(samples, processor, options, workers)
+    sizes, _ = world.on_main(lambda: measure_sizes(samples, processor, options, workers))
+    lengths = sizes[:, 0]
     plan = plan_run(lengths, batch_size=len(samples), max_tokens=recipe.max_tokens, epochs=1, seed=0)
-    total, count = 0.0, 0
-    for batches, _ in load_steps(samples, processor, plan, options, workers=workers):
-        for batch in batches:
-            total += model.loss(batch.to(model.device, model.dtype), denominator=1).item()
-            count += batch.num_supervised
+    if world.sharded:
+        costs = sample_flops(model.config, sizes, True)
+        plan = deal(plan, lengths, costs, rank=world.rank, ranks=world.size, max_tokens=recipe.max_tokens).plan
+    told = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
+    for bins, (batches, _) in zip(
+        plan.steps, load_steps(samples, processor, plan, options, workers=workers), strict=True
+    ):
+        spare = len(bins) - len(batches) if world.sharded else 0
+        for batch in batches + [empty_batch(model.config)] * spare:
+            loss = model.loss(batch.to(model.device, None if world.sharded else model.dtype), denominator=1)
+            told += torch.tensor([loss.item(), batch.num_supervised])
+    total, count = world.sum(told.to(model.device)).tolist()
     if not count:
         raise LlavaError("the evaluation data has no usable sample")
     return total / count
+
+
+def default_workers(ranks: int) -> int:
+    """One a core up to 8, less the main one, of the cores that each of ``ranks`` processes on this node has."""
+    return min(8, max(0, (os.cpu_count() or 1) // ranks - 1))
 
 
 def memory_gb(device: torch.device) -> float:

@@ -37,9 +37,9 @@ def test_recipes_of_the_paper():
 
 
 def test_options_change_the_recipe():
-    args = build_parser().parse_args(["--recipe", "paper-stage2", "--lr", "1e-4", "--activation-checkpointing"])
+    args = build_parser().parse_args(["--recipe", "paper-stage2", "--lr", "1e-4", "--activation-checkpointing", "full"])
     chosen = choose_recipe(args)
-    assert chosen == recipe("paper-stage2", lr=1e-4, activation_checkpointing=True)
+    assert chosen == recipe("paper-stage2", lr=1e-4, activation_checkpointing="full")
     assert choose_recipe(build_parser().parse_args(["--stage", "2"])) == recipe("paper-stage2")
     assert set(RECIPES) >= {"paper-stage1", "paper-stage2"}
 

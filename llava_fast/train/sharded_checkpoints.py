@@ -1,0 +1,159 @@
+"""Checkpoints of a run on several processes: each writes its shards while training goes on; any number reads them.
+
+The shards are in the format of ``torch.distributed.checkpoint``; around them stands what
+:mod:`llava_fast.train.checkpoints` has around a file of one process: a state, sizes and checksums of every file, a
+folder that is renamed when it is whole. ``--out`` must be on a file system that all nodes share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from llava_fast.errors import CheckpointError
+from llava_fast.train import checkpoints
+from llava_fast.train.checkpoints import MANIFEST, STATE, TENSORS
+from llava_fast.train.distributed import World
+
+METADATA = ".metadata"  # torch.distributed.checkpoint's own, written last
+
+
+class ShardWriter:
+    """Writes checkpoints of all ranks into ``folder``, one at a time; ``keep`` of them remain.
+
+    A run that dies at any moment leaves either the whole checkpoint under its name or nothing under it.
+
+    Attributes:
+        published: the newest one that is whole on the disk.
+    """
+
+    def __init__(self, folder: Path, keep: int, world: World):
+        self.folder, self.keep, self.world = folder, keep, world
+        self.published: Path | None = None
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy ``tensors`` to the host's memory, and write them while the caller goes on. Every rank calls it.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        part = self.folder / f".step-{step:08d}.part"
+        self.world.on_main(lambda: _make_anew(part))
+        writing = dcp.async_save(
+            tensors,
+            storage_writer=dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True),
+            process_group=self.world.disk,
+        )
+        self.thread = threading.Thread(target=self._finish, args=(writing, part, step, state), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is whole on the disk."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            raise CheckpointError(
+                f"the checkpoint could not be written under {self.folder} ({type(self.error).__name__}: {self.error}); "
+                f"is the disk full?"
+            ) from self.error
+
+    def _finish(self, writing: Any, part: Path, step: int, state: dict[str, Any]) -> None:
+        try:
+            writing.result()
+            mine = {p.name: checkpoints._describe(p) for p in part.glob(f"__{self.world.rank}_*")}
+            files: list[Any] | None = [None] * self.world.size if self.world.main else None
+            dist.gather_object(mine, files, dst=0, group=self.world.disk)
+            if files is not None:
+                self._publish(part, step, state, {k: v for found in files for k, v in found.items()})
+            dist.barrier(group=self.world.disk)
+            self.published = self.folder / f"step-{step:08d}"
+        except BaseException as error:
+            self.error = error
+
+    def _publish(self, part: Path, step: int, state: dict[str, Any], manifest: dict[str, Any]) -> None:
+        (part / STATE).write_text(json.dumps({"step": step, **state}))
+        for name in (METADATA, STATE):
+            manifest[name] = checkpoints._describe(part / name)
+        (part / MANIFEST).write_text(json.dumps(manifest))
+        for name in (METADATA, STATE, MANIFEST):
+            checkpoints._flush(part / name)
+        final = self.folder / f"step-{step:08d}"
+        if final.exists():  # a damaged one of the same step, from before
+            shutil.rmtree(final)
+        os.replace(part, final)
+        checkpoints._flush(self.folder)
+        checkpoints.point_to(self.folder, final.name)
+        for old in checkpoints._all(self.folder)[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def find_newest(folder: Path, world: World) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The newest whole checkpoint, its state, and one line on each damaged one that was passed over; None without any.
+
+    It may have been written by any number of processes. The ranks share the reading of the checksums.
+
+    Raises:
+        CheckpointError: there are checkpoints and every one is damaged.
+    """
+    faults: list[str] = []
+    candidates = world.on_main(lambda: checkpoints._all(folder))[::-1]
+    for path in candidates:
+        fault = next((f for f in world.gather(_fault_in(path, world)) if f), None)
+        if fault is None:
+            return path, json.loads((path / STATE).read_text()), faults
+        faults.append(fault)
+    if candidates:
+        raise CheckpointError("; ".join(faults) + "; no whole checkpoint is left: start again with --fresh")
+    return None
+
+
+def _fault_in(path: Path, world: World) -> str | None:
+    try:
+        checkpoints.check(path, share=(world.rank, world.size))
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def read(path: Path, world: World, layout: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+    """The tensors of the checkpoint ``path``, whole or as shards.
+
+    Args:
+        path: of one or of many processes.
+        layout: (name, empty tensor of the whole shape on the meta device) -> the tensor to fill: whole, or a DTensor
+            whose shard this rank holds.
+    """
+    if (path / TENSORS).exists():
+        return load_file(path / TENSORS)
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    target = {
+        name: layout(name, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta"))
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant to be in one process
+        dcp.load(target, checkpoint_id=path, process_group=world.host, no_dist=not world.sharded)
+    return target
