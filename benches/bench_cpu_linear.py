@@ -1,7 +1,7 @@
 """``linear`` of the C library on a CPU beside torch's, for the largest weights of 160M, 1B and 7B decoders.
 
-``gb_per_s`` counts the weight's bytes, which is what has to be read; ``share_of_read_bandwidth`` sets it beside the rate
-at which the same threads add up a large float32 tensor, measured once in the same run.
+``gb_per_s`` counts the weight's bytes, which is what has to be read; ``share_of_read_bandwidth`` sets it beside the
+rate at which the same threads add up a large float32 tensor, measured once in the same run.
 """
 
 from __future__ import annotations

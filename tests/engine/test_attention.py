@@ -87,6 +87,7 @@ def test_a_float8_cache_changes_little(pair):
 
 def test_sixteen_bits_on_a_cpu_without_them(pair, monkeypatch):
     """Products and cache in float32 under a bfloat16 model: as near to float32 as torch's own 16-bit products."""
+    monkeypatch.setenv("LLAVA_KERNELS", "reference")  # without the C library
     requests = mixed_requests(tokens=1)
     half = dataclasses.replace(pair, model=load_copy(pair.model).to(torch.bfloat16))
     exact = first_logprobs(pair, requests)

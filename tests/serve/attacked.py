@@ -16,7 +16,7 @@ from llava_fast.serve import Settings, create_app
 from llava_fast.serve.remote import RemotePolicy
 from llava_fast.serve.slow_clients import limited
 
-SECONDS = 1.0  # for a head, a body, and for taking what was sent
+SECONDS = 2.0  # for a head, a body, and for taking what was sent
 MAX_BODY = 4 << 20
 MAX_PIXELS = 1_000_000
 MAX_IMAGES = 8

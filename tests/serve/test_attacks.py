@@ -725,5 +725,5 @@ def test_a_crowd_of_bad_and_good(server: Server):
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(statuses) <= {400, 413}
+    assert set(statuses) <= {400, 408, 413}  # 408: on a busy machine a body of that size may come too late
     assert honest == [200] * 4
