@@ -84,6 +84,8 @@ def collect(arch: int) -> dict[str, Build]:
     """
     found: dict[str, Build] = {}
     for module in pkgutil.walk_packages(llava_kernels.__path__, "llava_kernels."):
+        if module.name.endswith(".libllava_kernels"):  # the C library, installed beside the modules: not one of them
+            continue
         listed = getattr(importlib.import_module(module.name), "builds", None)
         for build in listed(arch) if listed else ():
             if build.name in found:
