@@ -122,8 +122,8 @@ static void linear(lk_handle *handle, lk_weight_format format, int64_t group, in
 
 // A decoder of two layers, prompts in pieces and single tokens, against a plain loop in double.
 struct Tiny {
-    static constexpr int LAYERS = 2, WIDTH = 40, HEADS = 6, KV = 2, DIM = 10, INNER = 24, VOCAB = 17;
-    static constexpr int BLOCKS = 12, BLOCK = 4, LENGTH = 20;
+    static constexpr int LAYERS = 2, WIDTH = 40, HEADS = 6, KV = 2, DIM = 34, INNER = 24, VOCAB = 17;
+    static constexpr int BLOCKS = 40, BLOCK = 4, LENGTH = 80;
     Matrix qkv[LAYERS], out[LAYERS], gate_up[LAYERS], down[LAYERS], head;
     List<float> norms[2 * LAYERS + 1], cos, sin, k[LAYERS], v[LAYERS];
     lk_decoder *decoder = nullptr;
@@ -222,11 +222,12 @@ struct Tiny {
 
 static void decode(lk_handle *handle) {
     Tiny tiny(handle);
-    // Two sequences whose blocks lie scattered: chunks of 7 and 3 tokens, then 1 and 5, then 1 and 1.
-    const int32_t table[2][3] = {{7, 2, 3}, {0, 11, 5}};
-    const int lengths[2] = {9, 9};
-    const int chunks[3][2] = {{7, 3}, {1, 5}, {1, 1}};
-    List<float> embeddings[2] = {normal(9 * Tiny::WIDTH), normal(9 * Tiny::WIDTH)};
+    // Two sequences, blocks backwards and in one piece, as long as two tiles of keys; in chunks, then token by token.
+    int32_t table[2][20];
+    for (int b = 0; b < 20; b++) table[0][b] = 19 - b, table[1][b] = 20 + b;
+    const int lengths[2] = {72, 70};
+    const int chunks[4][2] = {{70, 3}, {1, 65}, {0, 1}, {1, 1}};
+    List<float> embeddings[2] = {normal(lengths[0] * Tiny::WIDTH), normal(lengths[1] * Tiny::WIDTH)};
     List<double> exact[2] = {tiny.exact(embeddings[0]), tiny.exact(embeddings[1])};
     int done[2] = {0, 0};
     for (const auto &chunk : chunks) {
@@ -243,7 +244,7 @@ static void decode(lk_handle *handle) {
         List<float> hidden(x.size()), logits((size_t)Tiny::VOCAB * 2);
         lk_step_args step{};
         step.tokens = (int64_t)positions.size(), step.sequences = 2, step.x = x.data(), step.positions = positions.data();
-        step.slots = slots.data(), step.block_table = &table[0][0], step.table_stride = 3;
+        step.slots = slots.data(), step.block_table = &table[0][0], step.table_stride = 20;
         step.context_lens = contexts.data(), step.query_start = starts.data(), step.hidden = hidden.data();
         CHECK(lk_decoder_step(tiny.decoder, &step) == LK_OK);
         for (int s = 0, row = 0; s < 2; s++)
