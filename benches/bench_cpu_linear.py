@@ -1,7 +1,7 @@
 """``linear`` of the C library on a CPU beside torch's, for the largest weights of 160M, 1B and 7B decoders.
 
 ``gb_per_s`` counts the weight's bytes, which is what has to be read; ``share_of_read_bandwidth`` sets it beside the
-rate at which the same threads add up a large float32 tensor, measured once in the same run.
+machine's, measured once in the same run by the same threads.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ COLD = 192 << 20  # bytes of weights that are gone through in turn, so that none
 
 @cache
 def read_bandwidth() -> float:
-    """GB/s of a float32 sum over a tensor that no cache holds, as many threads as torch uses."""
-    large = torch.ones(64 << 20)
+    """GB/s out of 256 MiB that no cache holds: the better of torch's sum and of dot products with its rows."""
+    large, handle, row = torch.ones(1 << 14, 1 << 12), library.Handle(), torch.ones(1, 1 << 12)
+    weight = library.float_weight(large)
     best = float("inf")
-    for _ in range(5):
+    for read in [large.sum, lambda: handle.linear(row, weight)] * 5:
         start = time.perf_counter()
-        large.sum()
+        read()
         best = min(best, time.perf_counter() - start)
     return large.nbytes / best / 1e9
 

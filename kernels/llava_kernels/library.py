@@ -117,7 +117,7 @@ def load() -> CDLL | None:
             except (OSError, AttributeError) as error:
                 log.warning("%s cannot be used: %s", place, error)
                 return None
-    log.info("%s was not built with this package (it needs a C++ compiler): torch is used on CPUs", NAME)
+    log.warning("%s was not built with this package (that takes a C++ compiler): CPUs decode with torch, slower", NAME)
     return None
 
 

@@ -1,5 +1,9 @@
 """The C library on the CPU: products against float64, under each instruction set that this machine has."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
@@ -75,3 +79,24 @@ def test_what_cannot_be_is_refused():
     weight.format = 9
     with pytest.raises(library.LibraryError, match="no weight format 9"):
         lk.linear(torch.zeros(1, 4), weight)
+
+
+def test_a_forked_child_computes_alone_and_lets_go():
+    lk, x, weight = library.Handle(3), torch.ones(2, 64), torch.ones(200, 64)
+    described = library.float_weight(weight)
+    assert (lk.linear(x, described) == 64).all()
+    child = os.fork()
+    if child == 0:
+        right = bool((lk.linear(x, described) == 64).all())
+        del lk
+        os._exit(0 if right else 1)
+    for _ in range(200):  # seconds / 20
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert status == 0

@@ -30,19 +30,20 @@ struct Source {
     float eps;
 };
 
-// Where one (sequence, head of keys, run of queries) attends.
+// A run of a sequence's queries with some heads of keys.
 struct Attention {
-    int64_t rows;             // queries * group, at most MAX_QUERIES
+    int64_t kv_heads;         // heads of keys
+    int64_t rows;             // queries * group; kv_heads * rows is at most MAX_QUERIES
     int64_t group;            // query heads that share the keys
     int64_t head_dim;
-    const float *q;           // row r: query r / group, head r % group
+    const float *q;           // at the first of the heads; row r of one: query r / group, head r % group
     int64_t q_stride;         // from query to query; heads lie head_dim apart
     float *out;               // as q
     int64_t out_stride;
     int64_t first;            // position of the first query: it sees keys 0..first, the next one key more
     lk_dtype cache_dtype;
-    const void *k, *v;        // of the cache, at the head
-    int64_t block_stride, token_stride; // in elements
+    const void *k, *v;        // of the cache, at the first of the heads
+    int64_t block_stride, token_stride, head_stride; // in elements
     int64_t block_size;
     const int32_t *table;     // the sequence's blocks
 };

@@ -461,66 +461,104 @@ const float *gathered(const Attention &task, const void *cache, int64_t first, i
     return copy;
 }
 
+// What becomes of a row of queries while the keys pass by: the largest score, the sum of exponentials, the weighted sum
+// of the values, and by how much what was added up before is too large.
+struct Rows {
+    float most[lk::MAX_QUERIES], total[lk::MAX_QUERIES], shrink[lk::MAX_QUERIES];
+    float *out; // (rows, MAX_HEAD_DIM)
+};
+
+// Scores of `rows` rows with a tile of keys, to exponentials; row r sees tokens up to seen + r / group.
+void score_tile(const Attention &task, const float *const *q, const float *k, int64_t k_stride, int64_t count,
+                int64_t begin, Rows &rows, int64_t first_row, float *p) {
+    const float factor = 1.f / __builtin_sqrtf((float)task.head_dim);
+    const int64_t padded = (count + L - 1) / L * L;
+    for (int64_t r = 0; r < task.rows;) {
+        const bool two = r + 2 <= task.rows;
+        int64_t t = 0;
+        for (; t + 4 <= count; t += 4)
+            two ? scores<2, 4>(q + r, k + t * k_stride, k_stride, task.head_dim, p + r * lk::KEY_TILE + t)
+                : scores<1, 4>(q + r, k + t * k_stride, k_stride, task.head_dim, p + r * lk::KEY_TILE + t);
+        for (; t < count; t++)
+            two ? scores<2, 1>(q + r, k + t * k_stride, k_stride, task.head_dim, p + r * lk::KEY_TILE + t)
+                : scores<1, 1>(q + r, k + t * k_stride, k_stride, task.head_dim, p + r * lk::KEY_TILE + t);
+        r += two ? 2 : 1;
+    }
+    for (int64_t r = 0; r < task.rows; r++) {
+        float *row = p + r * lk::KEY_TILE;
+        const int64_t seen = least(count, task.first + r / task.group + 1 - begin); // may be none
+        for (int64_t t = seen > 0 ? seen : 0; t < padded; t++) row[t] = -__builtin_inff();
+        vf highest = all(rows.most[first_row + r]);
+        for (int64_t t = 0; t < padded; t += L) {
+            const vf s = load<vf>(row + t) * factor;
+            store(row + t, s);
+            highest = larger(highest, s);
+        }
+        const float now = largest(highest);
+        vf added = {};
+        for (int64_t t = 0; t < padded; t += L) {
+            const vf e = exponential(load<vf>(row + t) - now);
+            store(row + t, e);
+            added += e;
+        }
+        const float shrink = exponential(all(rows.most[first_row + r] - now))[0];
+        rows.total[first_row + r] = rows.total[first_row + r] * shrink + sum(added);
+        rows.most[first_row + r] = now, rows.shrink[first_row + r] = shrink;
+    }
+}
+
+// Asks for a tile's keys and values of all heads, which lie side by side, before the first head's are waited for.
+void prefetch_tile(const Attention &task, int64_t first, int64_t count) {
+    const int64_t size = task.cache_dtype == LK_FLOAT32 ? 4 : 2, bytes = task.kv_heads * task.head_stride * size;
+    for (int64_t token = first; token < first + count; token++) {
+        const int64_t at = (task.table[token / task.block_size] * task.block_stride +
+                            token % task.block_size * task.token_stride) * size;
+        for (int64_t i = 0; i < bytes; i += 64) {
+            __builtin_prefetch((const char *)task.k + at + i);
+            __builtin_prefetch((const char *)task.v + at + i);
+        }
+    }
+}
+
 void attend(const Attention &task, float *scratch) {
     using lk::KEY_TILE;
     using lk::MAX_HEAD_DIM;
     float *k_copy = scratch, *v_copy = k_copy + KEY_TILE * MAX_HEAD_DIM, *p = v_copy + KEY_TILE * MAX_HEAD_DIM;
-    float *out = p + lk::MAX_QUERIES * KEY_TILE;
-    float most[lk::MAX_QUERIES], total[lk::MAX_QUERIES], shrink[lk::MAX_QUERIES];
-    const int64_t dim = task.head_dim, rows = task.rows;
-    const float factor = 1.f / __builtin_sqrtf((float)dim);
+    const int64_t dim = task.head_dim, size = task.cache_dtype == LK_FLOAT32 ? 4 : 2;
+    Rows rows;
+    rows.out = p + lk::MAX_QUERIES * KEY_TILE;
     const float *q[lk::MAX_QUERIES];
-    for (int64_t r = 0; r < rows; r++) {
-        q[r] = task.q + r / task.group * task.q_stride + r % task.group * dim;
-        most[r] = -__builtin_inff(), total[r] = 0;
-        memset(out + r * MAX_HEAD_DIM, 0, (size_t)dim * sizeof(float));
+    for (int64_t i = 0; i < task.kv_heads * task.rows; i++) {
+        const int64_t head = i / task.rows * task.group + i % task.rows % task.group;
+        q[i] = task.q + i % task.rows / task.group * task.q_stride + head * dim;
+        rows.most[i] = -__builtin_inff(), rows.total[i] = 0;
+        memset(rows.out + i * MAX_HEAD_DIM, 0, (size_t)dim * sizeof(float));
     }
-    const int64_t keys = task.first + (rows - 1) / task.group + 1;
-    for (int64_t begin = 0; begin < keys; begin += KEY_TILE) {
-        const int64_t count = least(KEY_TILE, keys - begin), padded = (count + L - 1) / L * L;
-        int64_t k_stride, v_stride;
-        const float *k = gathered(task, task.k, begin, count, k_copy, &k_stride);
-        const float *v = gathered(task, task.v, begin, count, v_copy, &v_stride);
-        for (int64_t r = 0; r < rows;) {
-            const bool two = r + 2 <= rows;
-            int64_t t = 0;
-            for (; t + 4 <= count; t += 4)
-                two ? scores<2, 4>(q + r, k + t * k_stride, k_stride, dim, p + r * KEY_TILE + t)
-                    : scores<1, 4>(q + r, k + t * k_stride, k_stride, dim, p + r * KEY_TILE + t);
-            for (; t < count; t++)
-                two ? scores<2, 1>(q + r, k + t * k_stride, k_stride, dim, p + r * KEY_TILE + t)
-                    : scores<1, 1>(q + r, k + t * k_stride, k_stride, dim, p + r * KEY_TILE + t);
-            r += two ? 2 : 1;
+    const int64_t keys = task.first + (task.rows - 1) / task.group + 1;
+    const int64_t tile = task.kv_heads > 1 ? KEY_TILE / 4 : KEY_TILE; // all heads of one stay in the first cache
+    for (int64_t begin = 0; begin < keys; begin += tile) {
+        const int64_t count = least(tile, keys - begin);
+        if (task.kv_heads > 1 && begin + tile < keys) prefetch_tile(task, begin + tile, least(tile, keys - begin - tile));
+        for (int64_t head = 0; head < task.kv_heads; head++) {
+            const int64_t at = head * task.head_stride * size, first_row = head * task.rows;
+            int64_t k_stride, v_stride;
+            const float *k = gathered(task, (const char *)task.k + at, begin, count, k_copy, &k_stride);
+            const float *v = gathered(task, (const char *)task.v + at, begin, count, v_copy, &v_stride);
+            score_tile(task, q + first_row, k, k_stride, count, begin, rows, first_row, p);
+            float *out = rows.out + first_row * MAX_HEAD_DIM;
+            const float *shrink = rows.shrink + first_row;
+            int64_t r = 0;
+            for (; r + 4 <= task.rows; r += 4)
+                weigh<4, 2>(p + r * KEY_TILE, v, v_stride, count, dim, shrink + r, out + r * MAX_HEAD_DIM);
+            for (; r < task.rows; r++)
+                weigh<1, 4>(p + r * KEY_TILE, v, v_stride, count, dim, shrink + r, out + r * MAX_HEAD_DIM);
         }
-        for (int64_t r = 0; r < rows; r++) {
-            float *row = p + r * KEY_TILE;
-            const int64_t seen = least(count, task.first + r / task.group + 1 - begin); // may be none
-            for (int64_t t = seen > 0 ? seen : 0; t < padded; t++) row[t] = -__builtin_inff();
-            vf highest = all(most[r]);
-            for (int64_t t = 0; t < padded; t += L) {
-                const vf s = load<vf>(row + t) * factor;
-                store(row + t, s);
-                highest = larger(highest, s);
-            }
-            const float now = largest(highest);
-            vf added = {};
-            for (int64_t t = 0; t < padded; t += L) {
-                const vf e = exponential(load<vf>(row + t) - now);
-                store(row + t, e);
-                added += e;
-            }
-            shrink[r] = exponential(all(most[r] - now))[0];
-            total[r] = total[r] * shrink[r] + sum(added);
-            most[r] = now;
-        }
-        int64_t r = 0;
-        for (; r + 4 <= rows; r += 4)
-            weigh<4, 2>(p + r * KEY_TILE, v, v_stride, count, dim, shrink + r, out + r * MAX_HEAD_DIM);
-        for (; r < rows; r++) weigh<1, 4>(p + r * KEY_TILE, v, v_stride, count, dim, shrink + r, out + r * MAX_HEAD_DIM);
     }
-    for (int64_t r = 0; r < rows; r++) {
-        float *to = task.out + r / task.group * task.out_stride + r % task.group * dim;
-        for (int64_t d = 0; d < dim; d++) to[d] = out[r * MAX_HEAD_DIM + d] / total[r];
+    for (int64_t i = 0; i < task.kv_heads * task.rows; i++) {
+        const int64_t head = i / task.rows * task.group + i % task.rows % task.group;
+        float *to = task.out + i % task.rows / task.group * task.out_stride + head * dim;
+        const float inverse = 1.f / rows.total[i];
+        for (int64_t d = 0; d < dim; d++) to[d] = rows.out[i * MAX_HEAD_DIM + d] * inverse;
     }
 }
 

@@ -1,4 +1,5 @@
 // The operations one by one on the CPU.
+#include <algorithm>
 #include <cstring>
 
 #include "handle.h"
@@ -78,23 +79,28 @@ void attend(lk_cpu &cpu, const PagedStep &step, const void *k_cache, const void 
         const int64_t queries = step.query_start[s + 1] - step.query_start[s];
         longest = queries > longest ? queries : longest;
     }
-    const int64_t runs = cdiv(longest, most), scratch_size = ATTEND_SCRATCH;
-    float *scratch = cpu.scratch.at_least(scratch_size * cpu.pool->threads());
-    cpu.pool->each(step.sequences * runs * step.kv_heads, [&](int64_t task, int thread) {
-        const int64_t head = task % step.kv_heads, run = task / step.kv_heads % runs, s = task / step.kv_heads / runs;
+    const int64_t runs = cdiv(longest, most);
+    // Many sequences that decode: a task takes several heads, whose keys lie side by side.
+    const int64_t spare = step.sequences * step.kv_heads / (4 * cpu.pool->threads());
+    const int64_t together = longest > 1 || spare < 1 ? 1 : std::min({spare, step.kv_heads, most});
+    const int64_t shares = cdiv(step.kv_heads, together);
+    float *scratch = cpu.scratch.at_least(ATTEND_SCRATCH * cpu.pool->threads());
+    cpu.pool->each(step.sequences * runs * shares, [&](int64_t task, int thread) {
+        const int64_t head = task % shares * together, run = task / shares % runs, s = task / shares / runs;
         const int64_t begin = step.query_start[s], queries = step.query_start[s + 1] - begin;
-        const int64_t first = run * most, count = queries - first < most ? queries - first : most;
+        const int64_t first = run * most, count = std::min(queries - first, most);
         if (count <= 0) return;
         const char *k = static_cast<const char *>(k_cache) + head * step.head_stride * size;
         const char *v = static_cast<const char *>(v_cache) + head * step.head_stride * size;
         const int64_t width = step.heads * step.head_dim, column = head * group * step.head_dim;
-        cpu.isa->attend({.rows = count * group, .group = group, .head_dim = step.head_dim,
-                         .q = q + (begin + first) * q_stride + column, .q_stride = q_stride,
+        cpu.isa->attend({.kv_heads = std::min(together, step.kv_heads - head), .rows = count * group, .group = group,
+                         .head_dim = step.head_dim, .q = q + (begin + first) * q_stride + column, .q_stride = q_stride,
                          .out = out + (begin + first) * width + column, .out_stride = width,
                          .first = step.context_lens[s] - queries + first, .cache_dtype = step.cache_dtype, .k = k, .v = v,
                          .block_stride = step.block_stride, .token_stride = step.token_stride,
-                         .block_size = step.block_size, .table = step.block_table + s * step.table_stride},
-                        scratch + thread * scratch_size);
+                         .head_stride = step.head_stride, .block_size = step.block_size,
+                         .table = step.block_table + s * step.table_stride},
+                        scratch + thread * ATTEND_SCRATCH);
     });
 }
 

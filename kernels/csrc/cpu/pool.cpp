@@ -2,6 +2,8 @@
 
 #include <chrono>
 
+#include <unistd.h>
+
 namespace lk {
 
 namespace {
@@ -31,11 +33,15 @@ bool watch(F happened) {
 
 } // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : owner(getpid()) {
     for (int i = 1; i < threads; i++) helpers.emplace_back([this, i] { help(i); });
 }
 
 Pool::~Pool() {
+    if (getpid() != owner) { // a child of fork has no helpers: there is nobody to wait for
+        for (auto &helper : helpers) helper.detach();
+        return;
+    }
     closing.store(true);
     calls.fetch_add(1);
     calls.notify_all();

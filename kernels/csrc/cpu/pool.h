@@ -36,6 +36,7 @@ class Pool {
     void help(int thread);
     bool take(uint64_t seen, int thread);
 
+    const int owner; // the process that has the helpers
     std::vector<std::thread> helpers;
     // The job's number in the upper half, how many tasks nobody has taken in the lower. Taking one is a single exchange,
     // which fails if the job has changed since.

@@ -1,0 +1,315 @@
+// The CPU operations against sums in double, under every instruction set of this machine and with several threads.
+// Every array has exactly the size that the header asks for, so that AddressSanitizer sees a read past its end.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "llava_kernels.h"
+
+static int failures;
+static std::mt19937 generator(0);
+
+#define CHECK(condition) \
+    do { if (!(condition)) failures++, std::printf("line %d: %s\n", __LINE__, #condition); } while (0)
+
+template <class T>
+using List = std::vector<T>;
+
+static List<float> normal(int64_t count) {
+    std::normal_distribution<float> draw;
+    List<float> values((size_t)count);
+    for (float &value : values) value = draw(generator);
+    return values;
+}
+
+static uint16_t half(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    return (uint16_t)((bits + 0x8000) >> 16);
+}
+static float whole(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+struct Matrix {
+    lk_weight weight{};
+    List<float> values; // (N, K), what the weight stands for
+    List<float> scale;
+    List<uint16_t> halves, group_scale, group_offset;
+    List<uint8_t> bytes;
+};
+
+// Codes at random, laid out by the formula of quantized_linear.py: k = plane * (block / planes) + 2 * word + half.
+static void fill_codes(Matrix &m, int64_t block, int bits) {
+    const int64_t out = m.weight.out_features, in = m.weight.in_features, padded = (in + block - 1) / block * block;
+    const int planes = bits == 8 ? 2 : 4;
+    m.bytes.assign((size_t)(out * padded * bits / 8), 0);
+    for (int64_t n = 0; n < out; n++) {
+        m.scale.push_back(0.5f + (float)(generator() % 100) / 100);
+        for (int64_t k = 0; k < padded; k++) {
+            const int64_t g = k / block, inside = k % block, plane = inside / (block / planes), rest = inside % (block / planes);
+            const int64_t word = rest / 2, bit = bits * plane + 16 * (rest % 2);
+            const uint32_t code = bits == 8 ? 1 + generator() % 255 : generator() % 16;
+            uint8_t *at = m.bytes.data() + (n * padded + g * block) * bits / 8 + 4 * word + bit / 8;
+            *at = (uint8_t)(*at | code << (bit % 8));
+            if (k >= in) continue;
+            const int64_t s = g * out + n;
+            const float value = bits == 8 ? (float)code - 128
+                                          : whole(m.group_scale[(size_t)s]) * (float)code + whole(m.group_offset[(size_t)s]);
+            m.values.push_back(value * m.scale.back());
+        }
+    }
+    m.weight.data = m.bytes.data(), m.weight.scale = m.scale.data();
+}
+
+static void make(Matrix &m, lk_weight_format format, int64_t out, int64_t in, int64_t group) {
+    m.weight.format = format, m.weight.out_features = out, m.weight.in_features = in;
+    if (format == LK_WEIGHT_FLOAT32) {
+        m.values = normal(out * in);
+        m.weight.data = m.values.data();
+    } else if (format == LK_WEIGHT_BFLOAT16) {
+        for (float value : normal(out * in)) m.halves.push_back(half(value)), m.values.push_back(whole(m.halves.back()));
+        m.weight.data = m.halves.data();
+    } else if (format == LK_WEIGHT_INT8) {
+        fill_codes(m, 128, 8);
+    } else {
+        for (int64_t i = 0; i < (in + group - 1) / group * out; i++) {
+            m.group_scale.push_back(half(0.01f + (float)(generator() % 64) / 1000));
+            m.group_offset.push_back(half(-(float)(generator() % 64) / 100));
+        }
+        m.weight.group_scale = m.group_scale.data(), m.weight.group_offset = m.group_offset.data();
+        m.weight.group_size = group;
+        fill_codes(m, group, 4);
+    }
+}
+
+static double product(const Matrix &m, const float *x, int64_t n, double *size) {
+    double total = 0;
+    *size = 0;
+    for (int64_t k = 0; k < m.weight.in_features; k++) {
+        const double one = (double)x[k] * m.values[(size_t)(n * m.weight.in_features + k)];
+        total += one, *size += std::fabs(one);
+    }
+    return total;
+}
+
+static void linear(lk_handle *handle, lk_weight_format format, int64_t group, int64_t rows, int64_t out, int64_t in) {
+    Matrix m;
+    make(m, format, out, in, group);
+    const List<float> x = normal(rows * in), bias = normal(out);
+    List<float> y((size_t)(rows * out));
+    lk_linear_args args{};
+    args.rows = rows, args.weight = m.weight, args.x = x.data(), args.bias = bias.data(), args.out = y.data();
+    CHECK(lk_linear(handle, &args, nullptr) == LK_OK);
+    double worst = 0;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t n = 0; n < out; n++) {
+            double size, exact = product(m, x.data() + r * in, n, &size) + bias[(size_t)n];
+            worst = std::fmax(worst, std::fabs(exact - y[(size_t)(r * out + n)]) / (size + 1));
+        }
+    // 4 bits: a value's offset and code are large beside the value; 8 and 4 bits meet activations of 16 bits
+    const double tolerance = format >= LK_WEIGHT_INT8 ? 2e-4 : 5e-7;
+    if (!(worst < tolerance)) std::printf("format %d, %lld x (%lld, %lld): %g\n", format, (long long)rows, (long long)out, (long long)in, worst);
+    CHECK(worst < tolerance);
+}
+
+// A decoder of two layers, prompts in pieces and single tokens, against a plain loop in double.
+struct Tiny {
+    static constexpr int LAYERS = 2, WIDTH = 40, HEADS = 6, KV = 2, DIM = 34, INNER = 24, VOCAB = 17;
+    static constexpr int BLOCKS = 40, BLOCK = 4, LENGTH = 80;
+    Matrix qkv[LAYERS], out[LAYERS], gate_up[LAYERS], down[LAYERS], head;
+    List<float> norms[2 * LAYERS + 1], cos, sin, k[LAYERS], v[LAYERS];
+    lk_decoder *decoder = nullptr;
+
+    explicit Tiny(lk_handle *handle) {
+        lk_layer layers[LAYERS] = {};
+        for (auto &norm : norms) norm = normal(WIDTH);
+        for (int i = 0; i < LENGTH * DIM / 2; i++) {
+            const double angle = (double)(i / (DIM / 2)) * std::pow(10.0, -(i % (DIM / 2)));
+            cos.push_back((float)std::cos(angle)), sin.push_back((float)std::sin(angle));
+        }
+        make(head, LK_WEIGHT_FLOAT32, VOCAB, WIDTH, 0);
+        for (int l = 0; l < LAYERS; l++) {
+            make(qkv[l], LK_WEIGHT_FLOAT32, (HEADS + 2 * KV) * DIM, WIDTH, 0);
+            make(out[l], LK_WEIGHT_FLOAT32, WIDTH, HEADS * DIM, 0);
+            make(gate_up[l], LK_WEIGHT_FLOAT32, 2 * INNER, WIDTH, 0);
+            make(down[l], LK_WEIGHT_FLOAT32, WIDTH, INNER, 0);
+            k[l].assign(BLOCKS * BLOCK * KV * DIM, 0), v[l] = k[l];
+            layers[l] = {norms[2 * l].data(), qkv[l].weight, out[l].weight, norms[2 * l + 1].data(),
+                         gate_up[l].weight, down[l].weight, k[l].data(), v[l].data()};
+        }
+        lk_decoder_args args{};
+        args.layers = LAYERS, args.width = WIDTH, args.heads = HEADS, args.kv_heads = KV, args.head_dim = DIM;
+        args.eps = 1e-5f, args.layer = layers, args.norm = norms[2 * LAYERS].data(), args.head = head.weight;
+        args.cos = cos.data(), args.sin = sin.data(), args.positions = LENGTH, args.blocks = BLOCKS, args.block_size = BLOCK;
+        CHECK(lk_decoder_create(handle, &args, &decoder) == LK_OK);
+        args.head.in_features++;
+        lk_decoder *none;
+        CHECK(lk_decoder_create(handle, &args, &none) == LK_INVALID_ARGUMENT && !none);
+    }
+    ~Tiny() { lk_decoder_destroy(decoder); }
+
+    static List<double> normed(const double *x, const List<float> &weight) {
+        double squares = 0;
+        for (int i = 0; i < WIDTH; i++) squares += x[i] * x[i];
+        List<double> y;
+        for (int i = 0; i < WIDTH; i++) y.push_back(x[i] / std::sqrt(squares / WIDTH + 1e-5) * weight[(size_t)i]);
+        return y;
+    }
+    static List<double> times(const Matrix &m, const List<double> &x) {
+        List<double> y;
+        for (int64_t n = 0; n < m.weight.out_features; n++) {
+            double total = 0;
+            for (size_t i = 0; i < x.size(); i++) total += x[i] * m.values[(size_t)n * x.size() + i];
+            y.push_back(total);
+        }
+        return y;
+    }
+
+    // The hidden states of a whole sequence of embeddings (tokens, WIDTH).
+    List<double> exact(const List<float> &embeddings) const {
+        List<double> x(embeddings.begin(), embeddings.end());
+        const int tokens = (int)x.size() / WIDTH;
+        for (int l = 0; l < LAYERS; l++) {
+            List<List<double>> rows;
+            for (int t = 0; t < tokens; t++) {
+                rows.push_back(times(qkv[l], normed(&x[(size_t)(t * WIDTH)], norms[2 * l])));
+                for (int h = 0; h < HEADS + KV; h++)
+                    for (int i = 0; i < DIM / 2; i++) {
+                        double &a = rows.back()[(size_t)(h * DIM + i)], &b = rows.back()[(size_t)(h * DIM + i + DIM / 2)];
+                        const double c = cos[(size_t)(t * DIM / 2 + i)], s = sin[(size_t)(t * DIM / 2 + i)], first = a;
+                        a = a * c - b * s, b = b * c + first * s;
+                    }
+            }
+            for (int t = 0; t < tokens; t++) {
+                List<double> attended(HEADS * DIM);
+                for (int h = 0; h < HEADS; h++) {
+                    const int kv = h / (HEADS / KV);
+                    double total = 0;
+                    List<double> weights;
+                    for (int u = 0; u <= t; u++) {
+                        double score = 0;
+                        for (int i = 0; i < DIM; i++)
+                            score += rows[(size_t)t][(size_t)(h * DIM + i)] * rows[(size_t)u][(size_t)((HEADS + kv) * DIM + i)];
+                        weights.push_back(std::exp(score / std::sqrt(DIM))), total += weights.back();
+                    }
+                    for (int u = 0; u <= t; u++)
+                        for (int i = 0; i < DIM; i++)
+                            attended[(size_t)(h * DIM + i)] +=
+                                weights[(size_t)u] / total * rows[(size_t)u][(size_t)((HEADS + KV + kv) * DIM + i)];
+                }
+                const List<double> o = times(out[l], attended);
+                double *own = &x[(size_t)(t * WIDTH)];
+                for (int i = 0; i < WIDTH; i++) own[i] += o[(size_t)i];
+                const List<double> both = times(gate_up[l], normed(own, norms[2 * l + 1]));
+                List<double> gated;
+                for (int i = 0; i < INNER; i++)
+                    gated.push_back(both[(size_t)i] / (1 + std::exp(-both[(size_t)i])) * both[(size_t)(INNER + i)]);
+                const List<double> d = times(down[l], gated);
+                for (int i = 0; i < WIDTH; i++) own[i] += d[(size_t)i];
+            }
+        }
+        return x;
+    }
+};
+
+static void decode(lk_handle *handle) {
+    Tiny tiny(handle);
+    // Two sequences, blocks backwards and in one piece, as long as two tiles of keys; in chunks, then token by token.
+    int32_t table[2][20];
+    for (int b = 0; b < 20; b++) table[0][b] = 19 - b, table[1][b] = 20 + b;
+    const int lengths[2] = {72, 70};
+    const int chunks[4][2] = {{70, 3}, {1, 65}, {0, 1}, {1, 1}};
+    List<float> embeddings[2] = {normal(lengths[0] * Tiny::WIDTH), normal(lengths[1] * Tiny::WIDTH)};
+    List<double> exact[2] = {tiny.exact(embeddings[0]), tiny.exact(embeddings[1])};
+    int done[2] = {0, 0};
+    for (const auto &chunk : chunks) {
+        List<float> x;
+        List<int32_t> positions, starts{0}, contexts;
+        List<int64_t> slots;
+        for (int s = 0; s < 2; s++) {
+            for (int t = done[s]; t < done[s] + chunk[s]; t++) {
+                x.insert(x.end(), embeddings[s].begin() + t * Tiny::WIDTH, embeddings[s].begin() + (t + 1) * Tiny::WIDTH);
+                positions.push_back(t), slots.push_back(table[s][t / Tiny::BLOCK] * Tiny::BLOCK + t % Tiny::BLOCK);
+            }
+            starts.push_back((int32_t)positions.size()), contexts.push_back(done[s] + chunk[s]);
+        }
+        List<float> hidden(x.size()), logits((size_t)Tiny::VOCAB * 2);
+        lk_step_args step{};
+        step.tokens = (int64_t)positions.size(), step.sequences = 2, step.x = x.data(), step.positions = positions.data();
+        step.slots = slots.data(), step.block_table = &table[0][0], step.table_stride = 20;
+        step.context_lens = contexts.data(), step.query_start = starts.data(), step.hidden = hidden.data();
+        CHECK(lk_decoder_step(tiny.decoder, &step) == LK_OK);
+        for (int s = 0, row = 0; s < 2; s++)
+            for (int t = done[s]; t < done[s] + chunk[s]; t++, row++)
+                for (int i = 0; i < Tiny::WIDTH; i++) {
+                    const double right = exact[s][(size_t)(t * Tiny::WIDTH + i)];
+                    CHECK(std::fabs(hidden[(size_t)(row * Tiny::WIDTH + i)] - right) < 1e-3 * (1 + std::fabs(right)));
+                }
+        CHECK(lk_decoder_head(tiny.decoder, 2, hidden.data(), logits.data()) == LK_OK);
+        const List<double> first(hidden.begin(), hidden.begin() + Tiny::WIDTH);
+        const List<double> right = Tiny::times(tiny.head, Tiny::normed(first.data(), tiny.norms[2 * Tiny::LAYERS]));
+        for (int i = 0; i < Tiny::VOCAB; i++) CHECK(std::fabs(right[(size_t)i] - logits[(size_t)i]) < 1e-4 * (1 + std::fabs(right[(size_t)i])));
+        for (int s = 0; s < 2; s++) done[s] += chunk[s];
+        slots[0] = Tiny::BLOCKS * Tiny::BLOCK; // refused before anything is written
+        CHECK(lk_decoder_step(tiny.decoder, &step) == LK_INVALID_ARGUMENT);
+        slots[0] = -1, positions[0] = Tiny::LENGTH;
+        CHECK(lk_decoder_step(tiny.decoder, &step) == LK_INVALID_ARGUMENT);
+    }
+    CHECK(done[0] == lengths[0] && done[1] == lengths[1]);
+}
+
+// Many short calls on several handles at once: helpers fall asleep, wake and are let go.
+static void many_calls() {
+    List<std::thread> callers;
+    for (int caller = 0; caller < 3; caller++)
+        callers.emplace_back([caller] {
+            const List<float> ones(64 * 96, 1.f);
+            for (int round = 0; round < 5; round++) {
+                lk_handle *handle;
+                CHECK(lk_create(&handle, LK_CPU) == LK_OK && lk_set_threads(handle, 2 + caller) == LK_OK);
+                for (int call = 0; call < 60; call++) {
+                    List<float> y(2 * 96);
+                    lk_linear_args args{};
+                    args.rows = 2, args.weight.out_features = 96, args.weight.in_features = 64;
+                    args.weight.data = ones.data(), args.x = ones.data(), args.out = y.data();
+                    CHECK(lk_linear(handle, &args, nullptr) == LK_OK);
+                    for (float value : y) CHECK(value == 64);
+                    if (call % 20 == 19) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                }
+                lk_destroy(handle);
+            }
+        });
+    for (auto &caller : callers) caller.join();
+}
+
+int main(int count, char **words) {
+    const char *name = count > 1 ? words[1] : "threads";
+    if (!std::strcmp(name, "threads")) return many_calls(), failures != 0;
+    lk_handle *handle;
+    CHECK(lk_create(&handle, LK_CPU) == LK_OK);
+    if (lk_set_instructions(handle, name) != LK_OK) return std::puts(lk_last_error(handle)), lk_destroy(handle), 77;
+    CHECK(!std::strcmp(lk_instructions(handle), name));
+    for (int threads : {1, 3}) {
+        CHECK(lk_set_threads(handle, threads) == LK_OK);
+        for (int64_t rows : {1, 2, 3, 4, 7, 66})
+            for (int64_t out : {1, 6, 53})
+                for (int64_t in : {1, 31, 128, 200}) {
+                    linear(handle, LK_WEIGHT_FLOAT32, 0, rows, out, in);
+                    linear(handle, LK_WEIGHT_BFLOAT16, 0, rows, out, in);
+                    linear(handle, LK_WEIGHT_INT8, 0, rows, out, in);
+                    for (int64_t group : {64, 128, 256}) linear(handle, LK_WEIGHT_INT4, group, rows, out, in);
+                }
+        decode(handle);
+    }
+    lk_destroy(handle);
+    if (failures) std::printf("%d failures\n", failures);
+    return failures != 0;
+}
