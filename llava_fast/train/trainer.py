@@ -193,14 +193,9 @@ class Trainer:
     def claim_folder(self, data: str) -> None:
         """Remember what run this folder is of; refuse to go on with a different one."""
         free = (
-            "workers",
-            "log_every",
-            "save_every",
-            "keep",
-            "eval_every",
-            "shard_size",
-            "shard_frozen",
-        )  # these change nothing that is learned
+            *("workers", "log_every", "save_every", "keep", "eval_every", "shard_size", "shard_frozen"),
+            *("activation_checkpointing", "compile", "profile"),
+        )
         chosen = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in free}
         mine = {"recipe": chosen, "data": data, "model": dataclasses.asdict(self.model.config)}
         mine = json.loads(json.dumps(mine))
