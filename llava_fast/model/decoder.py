@@ -91,11 +91,14 @@ class DecoderLayer(nn.Module):
         """
         h, x = self.attention_norm.after_adding(x, update)
         qkv = self.qkv(h).unflatten(-1, (-1, self.head_dim))  # (T, heads + 2 kv_heads, head_dim)
-        attended = attend(self.index, qkv, cos, sin).flatten(1)
+        attended = self.attended(attend, qkv, cos, sin).flatten(1)
         if rows is not None:
             attended, x = attended.index_select(0, rows), x.index_select(0, rows)
         h, x = self.mlp_norm.after_adding(x, self.out(attended))
         return x, self.down(swiglu(self.gate_up(h)))
+
+    def attended(self, attend: Attend, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return attend(self.index, qkv, cos, sin)
 
 
 class Decoder(nn.Module):
@@ -112,6 +115,16 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.register_buffer("inv_freq", torch.empty(config.head_dim // 2, device=device), persistent=False)
         self.rope_scale = 1.0  # yarn multiplies cosines and sines by this
+
+    def compile_layers(self) -> None:
+        """Compile the layers, for any number of tokens. Attention, which depends on the batch's lengths, is left out.
+
+        All layers share the compiled code, so what is left out is left out of the class and not of each layer.
+        """
+        if not hasattr(DecoderLayer.attended, "_torchdynamo_disable"):
+            DecoderLayer.attended = torch.compiler.disable(DecoderLayer.attended)  # type: ignore[method-assign]
+        for layer in self.layers:
+            layer.compile(dynamic=True)
 
     def reset_rope(self) -> None:
         """Work out the rotary frequencies; called once the module has left the meta device."""

@@ -126,8 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         tell(
             f"error: out of memory: {str(error).splitlines()[0]}\n"
-            f"lower --max-tokens, or add --activation-checkpointing selective or full, or share the weights out among "
-            f"more processes",
+            + "\n".join(
+                getattr(error, "__notes__", ["the model itself does not fit: give --shard-frozen, or more devices"])
+            ),
             alone=True,
         )
         return 1

@@ -49,6 +49,8 @@ class Recipe:
         "what the backward pass computes anew to save memory: nothing; norms, rotation and SwiGLU; whole layers",
         ("none", "selective", "full"),
     )
+    compile: bool = option(False, "compile the decoder's layers (torch.compile)")
+    profile: bool = option(False, "write trace.json and profile.txt of a few steps into the run's folder")
     shard_size: int | None = option(None, "processes that share one copy of the weights; default those of a node")
     shard_frozen: bool = option(False, "share a frozen decoder out among processes too, instead of one copy on each")
     log_every: int = option(10, "steps between two log lines")
@@ -75,6 +77,11 @@ class Recipe:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.stage not in (1, 2):
             raise ConfigError(f"stage={self.stage} does not exist; choose 1 (projector) or 2 (projector and decoder)")
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ConfigError(
+                "compile=True and activation_checkpointing='selective' do not go together: compiled layers already "
+                "compute anew what is cheap; choose none or full"
+            )
         if self.lr <= 0:
             raise ConfigError(f"lr={self.lr} must be above 0")
         if self.lora_rank < 0:

@@ -33,10 +33,14 @@ from llava_fast.train import checkpoints
 from llava_fast.train.distributed import World, empty_batch, gathered, share_out
 from llava_fast.train.flops import peak_of, sample_flops, step_flops
 from llava_fast.train.log import Log, NoLog, plot_losses
+from llava_fast.train.memory import Estimate, estimate
 from llava_fast.train.optimizer import MasterAdamW, cosine
+from llava_fast.train.profile import Profiler
 from llava_fast.train.recipe import Recipe
 from llava_fast.train.sharded_checkpoints import ShardWriter, find_newest, read
 from llava_fast.train.stages import freeze, trained
+
+SMALL = 100_000_000  # parameters below which nobody asks whether they fit
 
 
 @dataclass
@@ -114,8 +118,11 @@ class Trainer:
         )
         self.world.on_main(lambda: self.claim_folder(fingerprint(sizes[:, 0])))
         self.share: Share | None = None
+        self.memory = self.estimate_memory(sizes)
         if self.world.sharded:
             self.join(sizes)
+        if self.recipe.compile:
+            self.model.decoder.compile_layers()
         self.optimizer = MasterAdamW(
             trained(self.model),
             lr=self.recipe.lr,
@@ -142,6 +149,36 @@ class Trainer:
             self.note_bad(bad)
         return sizes
 
+    def estimate_memory(self, sizes: np.ndarray) -> Estimate | None:
+        """Of the device, told before the start; None for models that fit anywhere."""
+        if sum(p.numel() for p in self.model.parameters()) < SMALL or not self.world.main:
+            return None
+        bins = [indices for step in self.plan.steps[:2000] for _, indices in step]
+        tokens, supervised, images = np.max([sizes[indices].sum(axis=0) for indices in bins], axis=0).tolist()
+        return estimate(
+            self.model,
+            stage=self.recipe.stage,
+            dtype=self.dtype,
+            tokens=tokens,
+            supervised=supervised,
+            images=images,
+            shards=(self.recipe.shard_size or self.world.local_size) if self.world.sharded else 0,
+            shard_frozen=self.recipe.shard_frozen,
+        )
+
+    def how_to_save_memory(self) -> str:
+        """What to change when the device's memory does not suffice, cheapest first."""
+        recipe = self.recipe
+        cures = [f"lower --max-tokens (now {recipe.max_tokens})"]
+        stronger = {"none": "selective or full", "selective": "full", "full": ""}[recipe.activation_checkpointing]
+        if stronger:
+            cures.append(f"give --activation-checkpointing {stronger} (now {recipe.activation_checkpointing})")
+        if recipe.stage == 1 and self.world.sharded and not recipe.shard_frozen:
+            cures.append("give --shard-frozen: the frozen decoder then lies on all devices together")
+        if recipe.stage == 2 or not self.world.sharded:
+            cures.append(f"share the weights among more devices with torchrun (now {self.world.size})")
+        return "; ".join(cures) + (f"\n{self.memory}" if self.memory else "")
+
     def join(self, sizes: np.ndarray) -> None:
         """Take this rank's share of the data and of the weights."""
         ranks = self.world.size
@@ -167,14 +204,8 @@ class Trainer:
     def claim_folder(self, data: str) -> None:
         """Remember what run this folder is of; refuse to go on with a different one."""
         free = (
-            "workers",
-            "log_every",
-            "save_every",
-            "keep",
-            "eval_every",
-            "feature_cache",
-            "shard_size",
-            "shard_frozen",
+            *("workers", "log_every", "save_every", "keep", "eval_every", "shard_size", "shard_frozen"),
+            *("activation_checkpointing", "compile", "profile"),
         )  # these change nothing that is learned
         chosen = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in free}
         mine = {"recipe": chosen, "data": data, "model": dataclasses.asdict(self.model.config)}
@@ -184,6 +215,7 @@ class Trainer:
             write_json(path, mine)
             return
         theirs = json.loads(path.read_text())
+        theirs["recipe"] = {k: v for k, v in theirs["recipe"].items() if k not in free}
         if theirs != mine:
             old, new = flat(theirs), flat(mine)
             changed = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new if old.get(k) != new[k]]
@@ -226,6 +258,7 @@ class Trainer:
         pending: list[StepResult] = []
         started = self.clock = time.perf_counter()
         before = self.seconds
+        profiler = Profiler(self.out, self.model.device) if self.recipe.profile and self.world.main else None
         try:
             with interrupts(self.stop_asked, patience=5.0 if self.world.sharded else 0.0):
                 for batches, bad in self.load():
@@ -234,6 +267,8 @@ class Trainer:
                             self.note_bad(found)
                     pending.append(self.train_step(batches, total))
                     self.step += 1
+                    if profiler:
+                        profiler.step()
                     self.seconds = before + time.perf_counter() - started
                     last = self.step == total
                     stop = self.world.any(self.stop_asked.is_set())  # all ranks stop after the same step
@@ -250,7 +285,12 @@ class Trainer:
                         raise Interrupted(f"stopped at step {self.step} of {total}; saved in {self.saved_at}")
                     self.log.bar.update()
             return self.finish()
+        except torch.OutOfMemoryError as error:
+            error.add_note(self.how_to_save_memory())
+            raise
         finally:
+            if profiler:
+                profiler.close()
             self.log.close()
 
     def load(self) -> Iterator[tuple[list[PackedBatch], list[tuple[str, str]]]]:
@@ -324,6 +364,12 @@ class Trainer:
                 f"{self.world.size} processes (mesh {shape}); in a pass the average bin holds {self.share.fill:.1%} of "
                 f"the fullest one's tokens, the dearest costs {self.share.spread:.3f} of the average one's work"
             )
+        if self.memory:
+            lines.append(str(self.memory))
+            if self.model.device.type == "cuda":
+                there = torch.cuda.get_device_properties(self.model.device).total_memory
+                if self.memory.total > 0.95 * there:
+                    lines.append(f"of {there / 1e9:.0f} GB; it may not suffice: {self.how_to_save_memory()}")
         if self.resumed_from is not None:
             lines.append(f"going on from {self.saved_at}")
         return "\n".join(lines)

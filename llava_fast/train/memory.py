@@ -1,0 +1,208 @@
+"""How much device memory a run will take, worked out before it starts: no device is needed.
+
+What a step takes beyond weights and optimizer is not a formula but a trial: the model's own forward and backward pass
+on tensors that have shapes and no contents, with every storage counted from its making to its end. Two trials, with two
+layers and with four, give the share of a layer; the rest is a straight line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from llava_fast.batch import PackedBatch
+from llava_fast.config import IGNORE, ModelConfig
+from llava_fast.model import Llava
+from llava_fast.model.decoder import Attend, turned
+from llava_fast.train.stages import freeze
+from llava_kernels import implementation
+from llava_kernels.attention.triton_varlen import TRITON
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each device.
+
+    Attributes:
+        weights: what the model computes with, as it lies between two steps.
+        masters: float32 copies of what is trained, where the weights are not float32 themselves.
+        moments: AdamW's two.
+        gradients: float32 sums of what is trained.
+        gathered: at most, of layers that are gathered from all ranks for the moment.
+        step: activations and all else that a forward and backward pass over the fullest bin takes at its peak.
+    """
+
+    weights: int
+    masters: int
+    moments: int
+    gradients: int
+    gathered: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    def __str__(self) -> str:
+        parts = {k: v for k, v in dataclasses.asdict(self).items() if v}
+        told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        return f"memory on each device, estimated: {self.total / 1e9:.2f} GB ({told})"
+
+
+def estimate(
+    model: Llava,
+    *,
+    stage: int,
+    dtype: torch.dtype,
+    tokens: int,
+    supervised: int,
+    images: int,
+    shards: int = 0,
+    shard_frozen: bool = False,
+) -> Estimate:
+    """What training ``model``, frozen as the stage has it and not yet shared out, takes on each device.
+
+    Args:
+        model: with ``decoder.checkpoint_activations`` as it will be.
+        stage: 1 or 2.
+        dtype: to compute in.
+        tokens, supervised, images: of the fullest bin.
+        shards: ranks that share one copy of the weights; 0 in one process without torchrun.
+        shard_frozen: whether a frozen decoder is shared out.
+    """
+    own = max(1, shards)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tower = sum(p.numel() for p in model.vision_tower.parameters())
+    whole = frozen if stage == 1 and not shard_frozen else tower
+    layer = sum(p.numel() for p in model.decoder.layers[0].parameters())
+    root = model.decoder.embed_tokens.numel() * (2 if model.lm_head is not None else 1)
+    size = dtype.itemsize
+    sharded_layers = bool(shards) and (stage == 2 or shard_frozen)
+    weights = whole * size + (frozen - whole) * size // own
+    masters = trained * 4 // own
+    if not shards:  # the masters stand beside the weights, unless these are float32
+        weights += trained * size
+        masters = 0 if size == 4 else masters
+    return Estimate(
+        weights=weights,
+        masters=masters,
+        moments=trained * 8 // own,
+        gradients=trained * 4 // own,
+        gathered=(2 * layer + root) * size + (layer + root) * 4 * (stage == 2) if sharded_layers else 0,
+        step=peak_of_step(
+            model.config,
+            stage=stage,
+            dtype=dtype,
+            checkpointing=model.decoder.checkpoint_activations,
+            tokens=tokens,
+            supervised=supervised,
+            images=images,
+        ),
+    )
+
+
+def peak_of_step(
+    config: ModelConfig,
+    *,
+    stage: int,
+    dtype: torch.dtype,
+    checkpointing: str,
+    tokens: int,
+    supervised: int,
+    images: int,
+) -> int:
+    """Bytes beyond weights and their gradients, of a pass over one bin at its peak, with the Triton kernels."""
+
+    def trial(layers: int) -> int:
+        short = config.replace(text=dataclasses.replace(config.text, num_hidden_layers=layers))
+        model = Llava(short, dtype=dtype, device="meta", seed=None)
+        freeze(model, stage)
+        model.decoder.checkpoint_activations = checkpointing
+        for param in model.parameters():  # gradients go at once into sums that are counted apart
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(_drop)
+        # In the place of the back end that would be chosen: without a device there is none to choose.
+        model._attend_within = flash_of(short)  # type: ignore[method-assign, assignment]
+        batch = bin_of(short, tokens, supervised, images).to("meta")
+        with implementation("triton"), Live([*model.parameters(), *model.buffers()]) as live:
+            model.loss(batch, denominator=1).backward()
+        return live.peak
+
+    few, more = trial(2), trial(4)
+    return few + (more - few) // 2 * (config.text.num_hidden_layers - 2)
+
+
+def _drop(param: Tensor) -> None:
+    param.grad = None
+
+
+def flash_of(config: ModelConfig) -> Callable[[PackedBatch], Attend]:
+    """Attention that keeps what FlashAttention keeps: q, k, v, the result and a float32 sum a row and head."""
+
+    def within(batch: PackedBatch) -> Attend:
+        def attend(layer: int, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            q, k, v = turned(qkv, cos, sin, config.text.num_key_value_heads)
+            return TRITON.attend(q, k, v, batch.seqlens, batch.cu_seqlens, True)
+
+        return attend
+
+    return within
+
+
+def bin_of(config: ModelConfig, tokens: int, supervised: int, images: int) -> PackedBatch:
+    """A bin of one sequence with these counts; which tokens they are does not matter."""
+    image = images * config.tokens_per_image
+    tokens = max(tokens, image + supervised)
+    size = config.vision.image_size
+    rows = torch.arange(tokens, dtype=torch.int32)
+    return PackedBatch(
+        input_ids=torch.zeros(tokens, dtype=torch.int64),
+        labels=torch.full((tokens,), IGNORE),
+        position_ids=rows,
+        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        pixel_values=torch.zeros(images, 3, size, size),
+        image_token_id=config.image_token_id,
+        image_rows=rows[:image],
+        text_rows=rows[image:],
+        supervised_rows=rows[tokens - supervised :],
+        max_seqlen=tokens,
+        seqlens=(tokens,),
+    )
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that are made inside and still in use; ``peak`` is the most at any time."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {id(t.untyped_storage()) for t in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self.count(tensor.untyped_storage())
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self.seen:
+            return
+        size = storage.nbytes()
+        self.seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
