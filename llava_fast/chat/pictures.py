@@ -116,7 +116,8 @@ def _read(address: str, max_bytes: int, deadline: float) -> bytes:
     opener.addheaders = [("User-Agent", "llava_fast")]
     found = bytearray()
     try:
-        with opener.open(address, timeout=max(0.1, deadline - time.monotonic())) as response:
+        # Later than the deadline: by then whoever waits has been told.
+        with opener.open(address, timeout=max(0.0, deadline - time.monotonic()) + 5) as response:
             while chunk := response.read1(_CHUNK):
                 found += chunk
                 if len(found) > max_bytes:
