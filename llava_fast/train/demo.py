@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,16 @@ def guessing(quizzes: list[Quiz]) -> float:
 
     Counted over a large set of other questions: for every question text its most frequent answer there.
     """
+    best = most_frequent_answers()
+    return sum(best.get(q.question) == q.answer for q in quizzes) / len(quizzes)
+
+
+@cache
+def most_frequent_answers() -> dict[str, str]:
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for quiz in held_out(20_000, EVAL_SEED + 1):
         seen[quiz.question][quiz.answer] += 1
-    best = {question: counts.most_common(1)[0][0] for question, counts in seen.items()}
-    return sum(best.get(q.question) == q.answer for q in quizzes) / len(quizzes)
+    return {question: counts.most_common(1)[0][0] for question, counts in seen.items()}
 
 
 def answer(model: Llava, processor: Processor, quizzes: list[Quiz], images: list[Any], at_once: int = 100) -> list[str]:
