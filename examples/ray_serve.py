@@ -1,14 +1,16 @@
 """Replicas of the server under Ray Serve: python examples/ray_serve.py [MODEL] [--replicas 2] [--port 8000]
 
-Needs llava-fast[serve,ray]. Each replica is an engine with llava_fast.serve's app on it: the same routes, streaming, and
-an answer ends when its client goes away. Ray starts replicas anew that fail, and lets them finish when they are told to
-go. It sends a request to the less busy of two replicas, so that a conversation does not always find its prefix;
-docs/scale-out.md has balancers that keep it in one place.
+Needs llava-fast[serve,ray]. API keys come from the environment variable LLAVA_FAST_API_KEYS. Each replica is an
+engine with llava_fast.serve's app on it: the same routes, streaming, and an answer ends when its client goes away. Ray
+starts replicas anew that fail, and lets them finish when they are told to go. It sends a request to the less busy of two
+replicas, so that a conversation does not always find its prefix; docs/scale-out.md has balancers that keep it in one
+place.
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -19,6 +21,7 @@ from llava_fast.engine import EngineConfig
 from llava_fast.generate.setup import Setup
 from llava_fast.pretrained import built_in, find_checkpoint
 from llava_fast.serve import Settings, create_app
+from llava_fast.serve.__main__ import keys_of
 
 
 def application(setup: Setup, settings: Settings, replicas: int, num_gpus: float) -> serve.Application:
@@ -64,7 +67,10 @@ def main() -> None:
         engine=EngineConfig(kv_cache_bytes=args.kv_cache_bytes),
     )
     serve.start(http_options={"host": args.host, "port": args.port})
-    serve.run(application(setup, Settings(), args.replicas, gpus), blocking=True)
+    settings = Settings(api_keys=keys_of(None))
+    with suppress(KeyboardInterrupt):
+        serve.run(application(setup, settings, args.replicas, gpus), blocking=True)
+    serve.shutdown()
 
 
 if __name__ == "__main__":

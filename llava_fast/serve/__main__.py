@@ -24,6 +24,7 @@ KEYS = "LLAVA_FAST_API_KEYS"
 EPILOG = f"""\
 API keys, any of which opens every route but /health, come from --api-key-file (one a line) or from the environment
 variable {KEYS} (separated by commas). Without one everybody who can reach the port may use the server.
+A browser that opens the chat page asks for a name, which may be any, and a password, which is the key.
 
 SIGTERM or Ctrl-C: new requests get 503 with Retry-After, running ones are finished; a second one ends at once.
 """
@@ -34,6 +35,7 @@ LIMITS = {
     "max_image_bytes": "bytes of an image",
     "max_image_pixels": "pixels of an image",
     "max_n": "answers to a prompt",
+    "max_answers": "answers to all prompts of a request",
     "max_tokens": "tokens of an answer; by default the model's context",
     "max_concurrent": "requests at a time; more are refused with 503",
     "request_seconds": "for a request and its answer",
