@@ -75,6 +75,36 @@ def test_keys(engine):
             client.models.list()
 
 
+def test_tenants_share_no_cache(engine):
+    """How fast an answer comes, and what usage says of it, tells nobody what others have sent."""
+    keys = ("the-key-of-one-tenant", "the-key-of-another")
+    body = {"messages": user(png(99), "What is it, and where is it? " * 4), "max_tokens": 2}
+    with serving(create_app(engine, Settings(api_keys=keys))) as server:
+
+        def cached(key: str, **more: str) -> int:
+            headers = {"authorization": f"Bearer {key}"}
+            made = httpx.post(server.url + CHAT, json={**body, **more}, headers=headers).json()
+            return made["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert cached(keys[0]) == 0 < cached(keys[0])
+        assert cached(keys[1]) == 0 < cached(keys[1])
+        assert cached(keys[0], cache_salt="project") == 0 < cached(keys[0], cache_salt="project")
+
+
+def test_bodies_of_all_requests_together(engine):
+    with serving(create_app(engine, Settings(max_total_bytes=100_000))) as server:
+        gate = server.app.state.gate
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 90000\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as slow:
+            slow.sendall(head.encode() + b" " * 80_000)
+            wait_for(lambda: gate.held_bytes == 80_000)
+            refused = httpx.post(server.url + CHAT, json={**SHORT, "user": "x" * 40_000})
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            assert httpx.post(server.url + CHAT, json=SHORT).status_code == 200
+        wait_for(lambda: gate.held_bytes == 0)
+        assert httpx.post(server.url + CHAT, json={**SHORT, "user": "x" * 40_000}).status_code == 200
+
+
 def test_settings_are_judged():
     for wrong in ({"api_keys": ("short",)}, {"max_images": -1}, {"body_seconds": 0}, {"image_formats": ("EXE",)}):
         with pytest.raises(ConfigError):
