@@ -22,7 +22,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 import llava_fast as lf
 from llava_fast.errors import ConfigError
+from llava_fast.generate.setup import Setup
 from llava_fast.serve import Settings, create_app
+from llava_fast.serve.__main__ import main as command_line
 from tests.serve.conftest import KEY, png, serving, user, wait_for
 
 LONG = {"messages": user("Hi"), "max_tokens": 900, "temperature": 0, "ignore_eos": True}
@@ -369,6 +371,28 @@ def test_drain_has_an_end():
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
         assert running.result().status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "{taken}"], "cannot listen on 127.0.0.1 port {taken} (Address already in use); choose another --port"),
+        (["--port", "65536"], "--port 65536 is not between 0 and 65535"),
+        (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1 port 8000"),
+        (["--max-n", "0"], "max_n=0 must be above 0"),
+        (["--moderate", "nowhere:f"], "write it as package.module:function"),
+        (["--api-key-file", "{empty}"], "holds no key"),
+        (["--remote-host", "http://x"], "is no host"),
+    ],
+)
+def test_errors_before_the_model_is_loaded(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Setup, "open", lambda *_: pytest.fail("the model is loaded"))
+    (tmp_path / "empty").touch()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        known = {"taken": listening.getsockname()[1], "empty": tmp_path / "empty"}
+        assert command_line([option.format(**known) for option in options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message.format(**known) in said and said.count("\n") == 1
 
 
 def test_missing_extra():
