@@ -1,10 +1,9 @@
 """Replicas of the server under Ray Serve: python examples/ray_serve.py [MODEL] [--replicas 2] [--port 8000]
 
-Needs llava-fast[serve,ray]. API keys come from the environment variable LLAVA_FAST_API_KEYS. Each replica is an
-engine with llava_fast.serve's app on it: the same routes, streaming, and an answer ends when its client goes away. Ray
-starts replicas anew that fail, and lets them finish when they are told to go. It sends a request to the less busy of two
-replicas, so that a conversation does not always find its prefix; docs/scale-out.md has balancers that keep it in one
-place.
+Needs llava-fast[serve,ray]. API keys come from the environment variable LLAVA_FAST_API_KEYS. Each replica is an engine
+with llava_fast.serve's app on it: the same routes, streaming, and an answer ends when its client goes away. Ray starts
+replicas anew that fail, and lets them finish when they are told to go. It sends a request to the less busy of two, so
+that a conversation does not always find its prefix; docs/scale-out.md has balancers that keep it in one place.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from pathlib import Path
 from tests.kernels.mutate import Bench
 
 
-
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), "kernels", "llava_fast", "tests", "benches", "docs", module="llava_fast")

@@ -12,7 +12,7 @@ MUTATIONS = [
     (
         f"{SERVE}remote.py",
         "addresses = await _addresses(target, name, policy, resolve)",
-        "addresses = await (_addresses(target, name, policy, resolve) if not hop else resolve(target.host, target.port))",
+        "addresses = await (resolve(target.host, target.port) if hop else _addresses(target, name, policy, resolve))",
         f"{REMOTE}::test_redirects_to_inside",
     ),
     (f"{SERVE}remote.py", "if len(data) > max_bytes:", "if False:", f"{REMOTE}::test_the_limit_of_bytes_is_exact"),
@@ -101,8 +101,18 @@ MUTATIONS = [
         "transport.abort()",
         f"{SLOW}::test_who_is_refused_in_mid_body_reads_why",
     ),
-    (f"{SERVE}answers.py", "        self._left = True\n        for", "        for _ in ():\n          for", f"{SERVER}::test_disconnect"),
+    (
+        f"{SERVE}answers.py",
+        "        self._left = True\n        for",
+        "        for _ in ():\n          for",
+        f"{SERVER}::test_disconnect",
+    ),
     # what is said
-    (f"{SERVE}page.py", "\"default-src\": \"'none'\"", "\"default-src\": \"'self'\"", f"{PAGE}::test_one_response_that_lets_nothing_else_run"),
+    (
+        f"{SERVE}page.py",
+        '"default-src": "\'none\'"',
+        '"default-src": "\'self\'"',
+        f"{PAGE}::test_one_response_that_lets_nothing_else_run",
+    ),
     (f"{SERVE}conversations.py", '"sha256:" + ', "", f"{SERVER}::test_conversations_and_moderation"),
 ]

@@ -26,7 +26,7 @@ CHAT = "/v1/chat/completions"
 
 
 class Elsewhere(BaseHTTPRequestHandler):
-    """/1.png and so on, of which /0.png does not come; /away redirects to the server's own loopback, /moved to a name."""
+    """/1.png and so on, but /0.png does not come; /away redirects to the server's own loopback, /moved to a name."""
 
     def do_GET(self):
         self.server.asked.append(self.path)
@@ -34,7 +34,9 @@ class Elsewhere(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "http://127.0.0.1/" if self.path == "/away" else "http://b.test/2.png")
             return self.end_headers()
-        data = b"<html>" if self.path == "/page" else b"no picture" if self.path == "/odd" else png(int(self.path[1:-4]))
+        data = (
+            b"<html>" if self.path == "/page" else b"no picture" if self.path == "/odd" else png(int(self.path[1:-4]))
+        )
         self.send_response(200)
         self.send_header("Content-Type", "text/html" if self.path == "/page" else "image/png")
         if self.path == "/0.png":
@@ -76,7 +78,9 @@ def open_server(engine):
 
 
 def asking(*urls: str, text: str = "What is it?", **more):
-    parts = [image_part(url) if isinstance(url, bytes) else {"type": "image_url", "image_url": {"url": url}} for url in urls]
+    parts = [
+        image_part(url) if isinstance(url, bytes) else {"type": "image_url", "image_url": {"url": url}} for url in urls
+    ]
     return {
         "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
         "max_tokens": 8,
@@ -112,7 +116,9 @@ def test_refusals(open_server, elsewhere, url, words):
     found = httpx.post(open_server.url + CHAT, json=asking(png(), url), timeout=60)
     assert found.status_code == 400
     error = found.json()["error"]
-    assert error["code"] == "invalid_image" and error["message"].startswith("image 2 of 2: ") and words in error["message"]
+    assert (
+        error["code"] == "invalid_image" and error["message"].startswith("image 2 of 2: ") and words in error["message"]
+    )
     assert "10.1.2.3" not in found.text and PUBLIC not in found.text
     assert not {address for address, _ in elsewhere.dialled} - {PUBLIC}
 

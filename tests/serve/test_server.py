@@ -376,7 +376,7 @@ def test_drain_has_an_end():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port", "{taken}"], "cannot listen on 127.0.0.1 port {taken} (Address already in use); choose another --port"),
+        (["--port", "{taken}"], "cannot listen on 127.0.0.1 port {taken} (Address already in use); choose another"),
         (["--port", "65536"], "--port 65536 is not between 0 and 65535"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1 port 8000"),
         (["--max-n", "0"], "max_n=0 must be above 0"),
