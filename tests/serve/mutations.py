@@ -94,7 +94,12 @@ MUTATIONS = [
         "None",
         f"{SLOW}::test_a_head_that_never_ends",
     ),
-    (f"{SERVE}slow_clients.py", "self._start_sending)", "None)", f"{SLOW}::test_an_answer_that_nobody_reads"),
+    (
+        f"{SERVE}slow_clients.py",
+        "transport.close()\n            self._start_sending()",
+        "transport.close()",
+        f"{SLOW}::test_closing_does_not_wait_for_a_client_that_reads_nothing",
+    ),
     (
         f"{SERVE}slow_clients.py",
         "transport.write_eof()",
