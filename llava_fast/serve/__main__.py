@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ KEYS = "LLAVA_FAST_API_KEYS"
 EPILOG = f"""\
 API keys, any of which opens every route but /health, come from --api-key-file (one a line) or from the environment
 variable {KEYS} (separated by commas). Without one everybody who can reach the port may use the server.
+A browser that opens the chat page asks for a name, which may be any, and a password, which is the key.
 
 SIGTERM or Ctrl-C: new requests get 503 with Retry-After, running ones are finished; a second one ends at once.
 """
@@ -34,6 +37,7 @@ LIMITS = {
     "max_image_bytes": "bytes of an image",
     "max_image_pixels": "pixels of an image",
     "max_n": "answers to a prompt",
+    "max_answers": "answers to all prompts of a request",
     "max_tokens": "tokens of an answer; by default the model's context",
     "max_concurrent": "requests at a time; more are refused with 503",
     "request_seconds": "for a request and its answer",
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from llava_fast.serve.server import serve
 
     settings = settings_of(args)
+    check_listening(args.host, args.port)
     budgets = {name: getattr(args, name) for name in BUDGETS if getattr(args, name) is not None}
     setup = Setup(
         model=str(find_checkpoint(args.model)) if args.model else str(built_in()),
@@ -144,6 +149,22 @@ def settings_of(args: argparse.Namespace) -> Settings:
         moderate=hook_of(args.moderate) if args.moderate else None,
         **limits,
     )
+
+
+def check_listening(host: str, port: int) -> None:
+    """Raises ConfigError where nothing could listen, before a model is loaded for it."""
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port {port} is not between 0 and 65535")
+    try:
+        for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        cure = "choose another --port" if error.errno == errno.EADDRINUSE else "choose another --host"
+        raise ConfigError(f"cannot listen on {host} port {port} ({error.strerror}); {cure}") from error
 
 
 def keys_of(path: Path | None) -> tuple[str, ...]:

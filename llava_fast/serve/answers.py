@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -20,12 +21,37 @@ from llava_fast.serve.problems import ApiError
 
 log = logging.getLogger("llava_fast.serve")
 
+Found = TypeVar("Found")
 Finished = Callable[[list[Completion]], Any]
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+
+
+async def while_there(receive: Receive, work: Awaitable[Found]) -> Found:
+    """What ``work`` comes to, which is given up when the client leaves before. The body must have been read.
+
+    Raises:
+        ClientDisconnect: nobody is there any more.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _left(receive: Receive) -> None:
+    """Returns once the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Answer(Response):
@@ -80,8 +106,7 @@ class Answer(Response):
             self._gate.handles.difference_update(self._handles)
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await _left(receive)
         self._left = True
         for handle in self._handles:
             handle.cancel()

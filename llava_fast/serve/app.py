@@ -25,7 +25,7 @@ import llava_fast
 from llava_fast.engine import Completion, Engine, Handle, Request
 from llava_fast.errors import LlavaError
 from llava_fast.serve import asking, body, problems
-from llava_fast.serve.answers import Answer
+from llava_fast.serve.answers import Answer, while_there
 from llava_fast.serve.conversations import Conversations
 from llava_fast.serve.forms import ChatForm, CompletionForm
 from llava_fast.serve.gate import Gate, Visit
@@ -111,10 +111,11 @@ class _Server:
         asking.check_model(asked.model, self.settings)
         sampling = asking.sampling_of(asked, self.engine, self.settings)
         messages, urls = asking.plain_messages(asked.messages)
-        if urls:
-            messages = with_images(messages, await load_images(urls, self.settings, self._threads))
         visit.notes["images"] = len(urls)
-        await self._moderate(messages)
+        if urls:
+            loading = load_images(urls, self.settings, self._threads)
+            messages = with_images(messages, await while_there(http.receive, loading))
+        await self._moderate(messages, http)
         length = sum(len(m.content) if isinstance(m.content, str) else _length(m.content or ()) for m in asked.messages)
         fields = asking.request_fields(asked, visit, self.settings)
         handle = await self._submit(Request(messages=messages, sampling=sampling, **fields), length)
@@ -128,7 +129,7 @@ class _Server:
         asking.check_model(asked.model, self.settings)
         sampling = asking.sampling_of(asked, self.engine, self.settings)
         prompts = asking.prompts_of(asked, self.settings)
-        await self._moderate([{"role": "user", "content": self._text(prompt)} for prompt in prompts])
+        await self._moderate([{"role": "user", "content": self._text(prompt)} for prompt in prompts], http)
         fields = asking.request_fields(asked, visit, self.settings)
         handles: list[Handle] = []
         try:
@@ -187,11 +188,11 @@ class _Server:
             finished=finished,
         )
 
-    async def _moderate(self, messages: list[dict[str, Any]]) -> None:
+    async def _moderate(self, messages: list[dict[str, Any]], http: HttpRequest) -> None:
         if self.settings.moderate is None:
             return
         async with asyncio.timeout(self.settings.request_seconds):  # what it raises is a 500: nothing gets past it
-            refused = await self.settings.moderate(messages)
+            refused = await while_there(http.receive, self.settings.moderate(messages))
         if refused is not None:
             raise ApiError(400, f"The request was refused: {refused}", code="content_policy_violation")
 

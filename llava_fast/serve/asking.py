@@ -107,6 +107,15 @@ def prompts_of(body: CompletionRequest, settings: Settings) -> list[str | list[i
     if len(prompts) > settings.max_prompts:
         message = f"{len(prompts)} prompts are more than the {settings.max_prompts} that one request may have."
         raise ApiError(400, message, param="prompt")
+    n = body.n or 1
+    if len(prompts) * n > settings.max_answers:
+        message = (
+            f"{len(prompts)} prompts with {n} answers each are more than the {settings.max_answers} of one request."
+        )
+        raise ApiError(400, message, param="n")
+    if body.best_of not in (None, n):
+        message = f"best_of={body.best_of} is not supported; leave it out, or make it n={n}."
+        raise ApiError(400, message, param="best_of", code="unsupported_parameter")
     return prompts
 
 

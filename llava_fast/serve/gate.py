@@ -125,13 +125,11 @@ class Gate:
         given = hashlib.sha256(_key(headers.get(b"authorization", b""))).digest()
         found = sum([hmac.compare_digest(given, key) for key in self._keys])  # all of them: as long for any key
         if not found:
-            challenge = {"www-authenticate": 'Basic realm="llava-fast", charset="UTF-8"' if path == "/" else "Bearer"}
-            raise ApiError(
-                401,
-                "Incorrect or missing API key: send 'Authorization: Bearer KEY'.",
-                code="invalid_api_key",
-                headers=challenge,
-            )
+            challenge, how = "Bearer", "send 'Authorization: Bearer KEY'"
+            if path == "/":  # browsers ask for a name and a password, and send them with what the page asks for too
+                challenge, how = 'Basic realm="llava-fast", charset="UTF-8"', "give it as the password, with any name"
+            message = f"Incorrect or missing API key: {how}."
+            raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": challenge})
         return given.hex()[:12]
 
     def _enter(self) -> None:

@@ -28,7 +28,8 @@ class Settings:
         max_images, max_image_bytes, max_image_pixels: images of a request, encoded bytes and pixels of each.
         image_formats: PIL's names.
         remote: which http(s) images are fetched; None for none.
-        max_n: answers to one prompt; ``max_prompts`` prompts of one completions request.
+        max_n: answers to one prompt; ``max_prompts`` prompts of one completions request; ``max_answers`` answers to all
+            of them.
         max_tokens: of one answer; None for what the context holds.
         max_concurrent: requests that are worked on; more are refused with 503.
         request_seconds: from a request's first byte to the end of its answer.
@@ -58,6 +59,7 @@ class Settings:
     remote: RemotePolicy | None = None
     max_n: int = 16
     max_prompts: int = 64
+    max_answers: int = 128
     max_tokens: int | None = None
     max_concurrent: int = 256
     request_seconds: float = 300.0

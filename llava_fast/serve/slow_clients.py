@@ -4,6 +4,10 @@
 
 Without them, who sends a header a minute on some thousand connections, or asks for long answers and reads none of them,
 holds every file descriptor of the server for as long as they like. A body that does not arrive is the app's to refuse.
+
+And who is refused in the middle of a body gets to read why: a connection that is closed while more is coming is reset,
+and what the client has not read is lost with it. So it is half closed, and what comes is thrown away for a moment, as
+RFC 9112, section 9.6, asks for.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+_LINGER = 1.0  # seconds in which a client can read why its body was refused
 _LEAST = 1 << 15  # bytes that a client must take in the time for sending to be given the same time again
 
 
@@ -34,12 +39,15 @@ def limited(head_seconds: float, send_seconds: float) -> type[H11Protocol]:
             self._head = _Deadline(self.loop, head_seconds)
             self._sending = _Deadline(self.loop, send_seconds)
             self._unsent = 0  # bytes, when the time for sending began
+            self._lingering = False
 
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(_Closing(transport, self._start_sending))  # type: ignore[arg-type]
+            super().connection_made(_Closing(transport, self._close))  # type: ignore[arg-type]
             self._head.start(transport.abort)
 
         def data_received(self, data: bytes) -> None:
+            if self._lingering:
+                return
             super().data_received(data)
             if self.conn.their_state is h11.IDLE:
                 self._head.start(self.transport.abort)
@@ -54,6 +62,17 @@ def limited(head_seconds: float, send_seconds: float) -> type[H11Protocol]:
             super().resume_writing()
             if not self.transport.is_closing():
                 self._sending.stop()
+
+        def _close(self, transport: asyncio.Transport) -> None:
+            coming = self.cycle is not None and self.cycle.more_body and not transport.is_closing()
+            if coming and not self._lingering and transport.can_write_eof():  # TLS cannot
+                self._lingering = True
+                transport.write_eof()
+                transport.resume_reading()
+                self.loop.call_later(_LINGER, transport.close)
+            else:
+                transport.close()
+            self._start_sending()
 
         def _start_sending(self) -> None:
             self._unsent = self.transport.get_write_buffer_size()
@@ -92,14 +111,13 @@ class _Deadline:
 
 
 class _Closing:
-    """A transport that closes although its client reads nothing: asyncio's own waits for what is left to be taken."""
+    """A transport whose closing is the protocol's to do: asyncio's own waits for a client that reads nothing."""
 
-    def __init__(self, transport: Any, closing: Callable[[], None]):
-        self._transport, self._closing = transport, closing
+    def __init__(self, transport: Any, close: Callable[[Any], None]):
+        self._transport, self._close = transport, close
 
     def close(self) -> None:
-        self._transport.close()
-        self._closing()
+        self._close(self._transport)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

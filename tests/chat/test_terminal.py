@@ -23,50 +23,57 @@ COLOR, COUNT, DETAIL = (
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]|\r")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
 ENVIRONMENT["PROMPT_TOOLKIT_NO_CPR"] = "1"  # nobody answers where the cursor is
-READY = "Ctrl-D leaves"
+CONTEXT = 1 << 15  # tokens
+PASTED = "\x1b[?2004l"  # written by prompt_toolkit when an entry is complete, before the answer
+SECONDS = 120  # for anything to appear: the machine may be busy
 
 
 class Terminal:
-    """A chat that is typed into. ``seen`` is what stands on the screen, without escape sequences."""
+    """A chat that is typed into, as a careful person does it: never before the prompt is there."""
 
     def __init__(self, *arguments, columns=200, **environment):
         command = ["-m", "llava_fast.chat", "--temperature", "0", *map(str, arguments)]
         self.child = pexpect.spawn(
-            sys.executable, command, env={**ENVIRONMENT, **environment}, encoding="utf-8", timeout=40,
+            sys.executable, command, env={**ENVIRONMENT, **environment}, encoding="utf-8", timeout=SECONDS,
             dimensions=(24, columns),
         )  # fmt: skip
-        self.wait(READY)
+        self.wait("Ctrl-D leaves")
+        self.prompted()
 
     def wait(self, text):
-        """Up to ``text``, which must come, wherever its line breaks; returns what stood before it."""
+        """Up to ``text``, which must come, wherever its line breaks; returns what stood before it, escapes and all."""
         self.child.expect(r"\s+".join(map(re.escape, text.split(" "))))
-        return ESCAPES.sub("", self.child.before)
+        return self.child.before
+
+    def prompted(self):
+        """Until the next entry is asked for. What is typed before that goes through the terminal's own line editing."""
+        self.child.expect(r"\x1b\[\?2004h|\n> ")  # prompt_toolkit wants to know what is pasted; or the plain prompt
 
     def ask(self, question):
         """The answer, in one line."""
         self.child.send(question + "\r")
-        self.child.expect(r"first token")
-        shown = ESCAPES.sub("", self.child.before).split("\n")
+        shown = self.wait("first token")
         self.wait("of 1,024")
-        return " ".join(line.strip() for line in shown if line.strip()).rpartition(question)[2].strip()
+        self.prompted()
+        said = shown.rpartition(PASTED if PASTED in shown else question)[2]
+        return " ".join(ESCAPES.sub("", said).split())
 
     def command(self, line, answer):
+        """What is written up to ``answer``."""
         self.child.send(line + "\r")
-        return self.wait(answer)
+        shown = self.wait(answer)
+        self.prompted()
+        return " ".join(ESCAPES.sub("", shown).split())
 
     def leave(self):
-        for _ in range(40):  # Ctrl-D means nothing before the prompt is there
-            self.child.sendeof()
-            if self.child.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=1) == 0:
-                break
+        self.child.sendeof()
+        self.child.expect(pexpect.EOF)
         self.child.close()
         return self.child.exitstatus
 
 
 @pytest.fixture
 def chat(tmp_path):
-    if os.environ.get("CI"):
-        pytest.skip("typing and reading race on a busy machine; run by hand: pytest tests/chat")
     made = []
 
     def start(*arguments, **more):
@@ -84,8 +91,7 @@ def test_a_conversation(chat, picture, greedy, tmp_path):
     expected = greedy([COUNT, DETAIL])
     assert terminal.ask(COUNT) == expected[0]
     assert terminal.ask(DETAIL) == expected[1]
-    terminal.child.send("/retry\r")
-    assert " ".join(terminal.wait("first token").split()).endswith(expected[1])
+    assert terminal.command("/retry", "first token").endswith(expected[1])
     saved = tmp_path / "talk.json"
     terminal.command(f"/save {saved}", "saved")
     sample = json.loads(saved.read_text())[0]
@@ -108,30 +114,38 @@ def test_a_conversation(chat, picture, greedy, tmp_path):
     again.wait(COUNT)
     again.child.sendintr()  # clears the line: Ctrl-D leaves an empty one alone
     again.wait("Ctrl-D or /quit leaves")
+    again.prompted()
     assert again.leave() == 0
 
 
 @pytest.fixture
 def rambling(tmp_path):
-    """The built-in model with an end of text that is never the likeliest token: its answers fill the context."""
+    """The built-in model with an end of text that is never the likeliest token, and a context that takes it a minute to
+    fill: its answers do not end by themselves."""
     model, processor = lf.load(built_in(), dtype=torch.float32)
     with torch.no_grad():
         model.lm_head.weight[processor.tokenizer.eos_id] = 0
     lf.save(model, processor, tmp_path / "rambling")
+    config = tmp_path / "rambling" / "config.json"
+    told = json.loads(config.read_text())
+    told["text_config"]["max_position_embeddings"] = CONTEXT
+    config.write_text(json.dumps(told))
     return tmp_path / "rambling"
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat, picture, rambling):
-    terminal = chat(rambling, "--image", picture, "--max-tokens", 2000, "--quiet")
+    terminal = chat(rambling, "--image", picture, "--max-tokens", CONTEXT)
     terminal.child.send(COUNT + "\r")
     terminal.wait("shapes are there?")
     terminal.child.expect("[Tt]here (are|is)")
     terminal.child.sendintr()
-    terminal.wait("stopped; what was said is kept")
+    assert "first token" not in terminal.wait("stopped; what was said is kept")  # the line of an answer's end
+    terminal.prompted()
     terminal.child.send("half a question")
     terminal.wait("half a question")  # it is the prompt that echoes it
     terminal.child.sendintr()
     terminal.wait("Ctrl-D or /quit leaves")
+    terminal.prompted()
     terminal.command("/reset", "forgotten")
     assert terminal.child.isalive() and terminal.leave() == 0
 
@@ -144,8 +158,8 @@ def test_what_goes_wrong_is_one_line_and_the_chat_goes_on(chat, picture, greedy,
     terminal.command("/nonsense", "there is no command /nonsense; /help names them all")
     terminal.command(f"'{picture}'", "goes with your next question")  # dropped onto the terminal
     assert terminal.ask(COUNT) == greedy([COUNT])[0]
-    terminal.child.send("long " * 3000 + "\r")
-    terminal.wait("/reset begins a new conversation")
+    terminal.child.send("\x1b[200~" + "long " * 3000 + "\x1b[201~")  # pasted
+    terminal.command("", "/reset begins a new conversation")
     assert terminal.ask(COUNT) == greedy([COUNT, COUNT])[1]  # nothing was dropped
     assert terminal.leave() == 0
 
@@ -161,7 +175,7 @@ def test_without_line_editing(chat, picture, greedy, tmp_path):
 def piped(lines, *arguments):
     command = [sys.executable, "-m", "llava_fast.chat", "--temperature", "0", *map(str, arguments)]
     text = "".join(line + "\n" for line in lines)
-    return subprocess.run(command, input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    return subprocess.run(command, input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
 
 
 def test_behind_a_pipe_answers_alone_are_written(picture, greedy):

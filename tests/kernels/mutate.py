@@ -45,23 +45,23 @@ def main() -> int:
     if not lists:
         parser.error(f"there is no tests/kernels/mutations/{only or '*'}.py")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
+        bench = Bench(Path(folder), "kernels", "tests/kernels", module="llava_kernels")
         survivors = [line for path in lists for line in bench.lines(path)]
     print(f"{len(survivors)} not noticed" if survivors else "every break is noticed")
     return 1 if survivors else 0
 
 
 class Bench:
-    """A copy of the kernels and their tests, in which lines are broken and mended again."""
+    """A copy of packages and their tests, in which lines are broken and mended again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *parts: str, module: str) -> None:
         self.folder = folder
-        for part in ("kernels", "tests/kernels"):
+        for part in parts:
             shutil.copytree(REPOSITORY / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         for file in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py"):
             if (REPOSITORY / file).exists():
                 shutil.copy(REPOSITORY / file, folder / file)
-        where = self.python("-c", "import llava_kernels; print(llava_kernels.__file__)").stdout
+        where = self.python("-c", f"import {module}; print({module}.__file__)").stdout
         if not where.startswith(str(folder)):
             raise RuntimeError(f"the copy is not what is imported, but {where or 'nothing'}")
         self.passing: set[str] = set()  # tests that pass with nothing broken

@@ -29,7 +29,7 @@ class Server:
         bodies: of the chat requests that came.
     """
 
-    def __init__(self, engine: lf.Engine, *, key: str = "", prefix: str = ""):
+    def __init__(self, engine: lf.Engine, *, key: str = "", prefix: str = "", api_keys: tuple[str, ...] = ()):
         self.engine, self.pause = engine, 0.0
         self.bodies: list[dict[str, Any]] = []
         step = engine.step
@@ -40,7 +40,7 @@ class Server:
             return step()
 
         engine.step = slow_step  # type: ignore[method-assign]
-        app: ASGIApp = create_app(engine, Settings(model_name="tiny"))
+        app: ASGIApp = create_app(engine, Settings(model_name="tiny", api_keys=api_keys))
         if prefix:
             app = Starlette(routes=[Mount(prefix, app=app)])
         if key:
@@ -108,7 +108,7 @@ class _Keyed:
 
 
 @contextlib.contextmanager
-def serving(engine: lf.Engine, **options: str) -> Iterator[Server]:
+def serving(engine: lf.Engine, **options: Any) -> Iterator[Server]:
     server = Server(engine, **options)
     try:
         yield server

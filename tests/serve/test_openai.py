@@ -130,6 +130,24 @@ def test_completions(client, engine):
         assert "".join(c.text for x in chunks for c in x.choices if c.index == index) == whole.choices[index].text
 
 
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": ["Hi"] * 65}, "prompt"),
+        ({"prompt": ["Hi"] * 33, "n": 4}, "n"),
+        ({"prompt": [], "n": 4}, "prompt"),
+        ({"prompt": "Hi", "n": 2, "best_of": 3}, "best_of"),
+    ],
+)
+def test_bounds_of_completions(server, engine, change, param):
+    before = engine.stats().generated_tokens
+    response = httpx.post(server.url + "/v1/completions", json=change)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param
+    assert engine.stats().generated_tokens == before
+    allowed = {"prompt": ["Hi"] * 32, "n": 4, "max_tokens": 1, "best_of": 4}
+    assert len(httpx.post(server.url + "/v1/completions", json=allowed, timeout=60).json()["choices"]) == 128
+
+
 def test_vllm_extensions(client, engine):
     more = {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.3, "ignore_eos": True, "min_tokens": 3}
     usual = {"presence_penalty": 0.5, "frequency_penalty": 0.25, "top_p": 0.9, **DRAWN}

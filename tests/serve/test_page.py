@@ -293,6 +293,58 @@ def test_photo_is_turned_reduced_and_stripped(page: Any, server: Server) -> None
     assert top[2] > 200 > 60 > top[0] and bottom[0] > 200 > 60 > bottom[2]
 
 
+def test_picture_is_pasted(browser: Any, server: Server, engine: lf.Engine) -> None:
+    """From the clipboard of the browser, with the keys that people press."""
+    for page in opened(browser, server.url, permissions=["clipboard-read", "clipboard-write"]):
+        page.evaluate(
+            """async data => {
+                const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
+                const item = new ClipboardItem({ "image/png": new Blob([bytes], { type: "image/png" }) });
+                await navigator.clipboard.write([item]);
+            }""",
+            base64.b64encode(picture()).decode(),
+        )
+        page.focus("#question")
+        page.keyboard.press("Control+V")
+        page.locator("#attached li").wait_for()
+        greedy(page)
+        ask(page, DETAIL)
+        assert answered(page) == expected(engine, DETAIL)
+
+
+def test_photo_is_taken(browser: Any, server: Server, engine: lf.Engine, tmp_path: Path) -> None:
+    """A phone opens its camera for such an input; the test hands it the photo."""
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(picture())
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    for page in opened(browser, server.url, **phone):
+        with page.expect_file_chooser() as chosen:
+            page.tap("#shoot")
+        assert chosen.value.element.get_attribute("capture") == "environment"
+        assert chosen.value.element.get_attribute("accept") == "image/*"
+        chosen.value.set_files(photo)
+        page.locator("#attached li").wait_for()
+        greedy(page)
+        page.fill("#question", DETAIL)
+        page.tap("#send")
+        assert answered(page) == expected(engine, DETAIL)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["clipboard", "without one, as on plain http"])
+def test_answer_is_copied(browser: Any, server: Server, old: bool) -> None:
+    for page in opened(browser, server.url, permissions=["clipboard-read", "clipboard-write"]):
+        if old:
+            page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+        ask(page, "How many shapes are there?")
+        text = answered(page)
+        page.click(".copy")
+        page.locator(".copy >> text=Copied").wait_for()
+        page.focus("#question")
+        page.keyboard.press("Control+V")
+        until(page, "document.getElementById('question').value")
+        assert page.input_value("#question") == text
+
+
 def test_models_text_stays_text(page: Any) -> None:
     evil = "<img src=x onerror=alert(1)>\nline two\n\n```html\n<b>code</b>\n```\nafter `x<y`"
     pieces = [evil[at : at + 5] for at in range(0, len(evil), 5)]
@@ -408,6 +460,20 @@ def test_key_is_asked_for_kept_in_the_tab_and_forgotten(browser: Any, engine: lf
             page.click("#no-key")
             page.locator("#notice >> text=only with a key").wait_for()
             assert page.input_value("#question") == "Is there a star?"
+
+
+def test_key_as_the_password_of_the_page(browser: Any, engine: lf.Engine) -> None:
+    """The server's own keys guard the page too: the browser asks for a password, and sends it with every question."""
+    with serving(engine, api_keys=("the-key-of-a-browser",)) as server:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(server.url)
+        assert refused.value.code == 401 and refused.value.headers["www-authenticate"].startswith("Basic ")
+        assert "as the password" in json.load(refused.value)["error"]["message"]
+        credentials = {"username": "anybody", "password": "the-key-of-a-browser"}
+        for page in opened(browser, server.url, http_credentials=credentials):
+            assert page.inner_text("#model") == "tiny" and page.locator("dialog[open]").count() == 0
+            ask(page, "How many shapes are there?")
+            assert answered(page)
 
 
 def test_under_a_prefix(browser: Any, engine: lf.Engine) -> None:

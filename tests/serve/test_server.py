@@ -22,7 +22,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 import llava_fast as lf
 from llava_fast.errors import ConfigError
+from llava_fast.generate.setup import Setup
 from llava_fast.serve import Settings, create_app
+from llava_fast.serve.__main__ import main as command_line
 from tests.serve.conftest import KEY, png, serving, user, wait_for
 
 LONG = {"messages": user("Hi"), "max_tokens": 900, "temperature": 0, "ignore_eos": True}
@@ -73,6 +75,36 @@ def test_keys(engine):
             assert client.chat.completions.create(model="tiny", messages=user("Hi"), max_tokens=2)
         with server.client("wrong") as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
+
+
+def test_tenants_share_no_cache(engine):
+    """How fast an answer comes, and what usage says of it, tells nobody what others have sent."""
+    keys = ("the-key-of-one-tenant", "the-key-of-another")
+    body = {"messages": user(png(99), "What is it, and where is it? " * 4), "max_tokens": 2}
+    with serving(create_app(engine, Settings(api_keys=keys))) as server:
+
+        def cached(key: str, **more: str) -> int:
+            headers = {"authorization": f"Bearer {key}"}
+            made = httpx.post(server.url + CHAT, json={**body, **more}, headers=headers).json()
+            return made["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert cached(keys[0]) == 0 < cached(keys[0])
+        assert cached(keys[1]) == 0 < cached(keys[1])
+        assert cached(keys[0], cache_salt="project") == 0 < cached(keys[0], cache_salt="project")
+
+
+def test_bodies_of_all_requests_together(engine):
+    with serving(create_app(engine, Settings(max_total_bytes=100_000))) as server:
+        gate = server.app.state.gate
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 90000\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as slow:
+            slow.sendall(head.encode() + b" " * 80_000)
+            wait_for(lambda: gate.held_bytes == 80_000)
+            refused = httpx.post(server.url + CHAT, json={**SHORT, "user": "x" * 40_000})
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            assert httpx.post(server.url + CHAT, json=SHORT).status_code == 200
+        wait_for(lambda: gate.held_bytes == 0)
+        assert httpx.post(server.url + CHAT, json={**SHORT, "user": "x" * 40_000}).status_code == 200
 
 
 def test_settings_are_judged():
@@ -339,6 +371,28 @@ def test_drain_has_an_end():
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
         assert running.result().status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "{taken}"], "cannot listen on 127.0.0.1 port {taken} (Address already in use); choose another"),
+        (["--port", "65536"], "--port 65536 is not between 0 and 65535"),
+        (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1 port 8000"),
+        (["--max-n", "0"], "max_n=0 must be above 0"),
+        (["--moderate", "nowhere:f"], "write it as package.module:function"),
+        (["--api-key-file", "{empty}"], "holds no key"),
+        (["--remote-host", "http://x"], "is no host"),
+    ],
+)
+def test_errors_before_the_model_is_loaded(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Setup, "open", lambda *_: pytest.fail("the model is loaded"))
+    (tmp_path / "empty").touch()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        known = {"taken": listening.getsockname()[1], "empty": tmp_path / "empty"}
+        assert command_line([option.format(**known) for option in options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message.format(**known) in said and said.count("\n") == 1
 
 
 def test_missing_extra():

@@ -12,6 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from llava_fast.serve import slow_clients
 from llava_fast.serve.slow_clients import limited
 
 SECONDS = 0.5
@@ -19,8 +20,13 @@ GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 async def app(scope, receive, send) -> None:
-    """Echoes a body; /long sends more than the system's buffers hold; /close ends such an answer before it is sent."""
+    """Echoes a body, but /refuse does not read it; /long sends more than the system's buffers hold; /close ends such an
+    answer before it is sent."""
     if scope["type"] != "http":
+        return
+    if scope["path"] == "/refuse":
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": b"too large"})
         return
     body, more = b"", True
     while more:
@@ -126,6 +132,26 @@ def test_a_slow_body_is_left_to_the_app(server: uvicorn.Server):
         assert b"said:xxxxxx" in answer(connection)
 
 
+def test_who_is_refused_in_mid_body_reads_why(server: uvicorn.Server, monkeypatch: pytest.MonkeyPatch):
+    """The client sends all of it before it reads: a reset would take the answer away."""
+    monkeypatch.setattr(slow_clients, "_LINGER", 20)  # on a busy machine too
+    with connect(server) as connection:
+        connection.sendall(b"POST /refuse HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (8 << 20))
+        connection.sendall(bytes(8 << 20))
+        said = until_closed(connection)
+        assert said.startswith(b"HTTP/1.1 413") and b"too large" in said
+
+
+def test_who_is_refused_and_goes_on_sending_is_cut_off(server: uvicorn.Server):
+    with connect(server) as connection:
+        connection.sendall(b"POST /refuse HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(b"1000\r\n" + bytes(4096) + b"\r\n")
+                threading.Event().wait(0.02)
+        assert not left(server, connection)
+
+
 @pytest.mark.parametrize("path", [b"/long", b"/close"])
 def test_an_answer_that_nobody_reads(server: uvicorn.Server, path: bytes):
     with connect(server, window=4096) as connection:
@@ -152,6 +178,9 @@ class Pipe:
 
     def get_write_buffer_size(self) -> int:
         return self.unsent
+
+    def can_write_eof(self) -> bool:
+        return True
 
     def is_closing(self) -> bool:
         return self.closing
