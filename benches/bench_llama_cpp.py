@@ -1,4 +1,4 @@
-"""One answer of the engine beside llama.cpp on CPUs: text alone, the 160M-class decoder of bench_engine, random weights.
+"""One answer of the engine beside llama.cpp on CPUs: text alone, random weights of bench_engine's 160M-class decoder.
 
 The same weights on both sides: bfloat16 beside BF16, int8 beside Q8_0, int4 beside Q4_0 (blocks of 32 where ours are
 groups of 128; the head stays bfloat16 on both sides, as our int4 leaves it). It needs llama-cpp-python and gguf, which
