@@ -19,6 +19,7 @@ from transformers import LlavaForConditionalGeneration
 import llava_fast as lf
 from llava_fast.checkpoint import save_model
 from llava_fast.config import TextConfig, VisionConfig
+from llava_fast.model.quantized import quantize
 from llava_fast.processor import Tokenizer
 
 TOKENIZER = Path(lf.__file__).parent / "train" / "tiny" / "decoder"
@@ -53,9 +54,13 @@ class Pair:
     theirs: LlavaForConditionalGeneration
     processor: lf.Processor
 
-    def engine(self) -> lf.Engine:
+    def engine(self, impl: str = "ours") -> lf.Engine:
+        """impl: "ours", or with the weights quantized "ours int8" and "ours int4"."""
         config = lf.EngineConfig(kv_cache_bytes=1 << 30, max_sequences=64)
-        return lf.Engine(self.model, self.processor, config, background=False)
+        model = self.model
+        if impl.startswith("ours "):
+            quantize(model := deepcopy(model), impl.removeprefix("ours "))
+        return lf.Engine(model, self.processor, config, background=False)
 
     @torch.inference_mode()
     def generate(self, requests: list[lf.Request]) -> list[list[int]]:
@@ -130,7 +135,7 @@ def ask(pair: Pair, seed: int, words: int, tokens: int, picture: int | None = 0,
     return lf.Request(token_ids=[1, pair.processor.image_token_id, *text], images=[pixels], sampling=settings)
 
 
-@pytest.mark.parametrize("impl", ["ours", "transformers"])
+@pytest.mark.parametrize("impl", ["ours", "ours int8", "ours int4", "transformers"])
 def test_decode(benchmark, pair, impl):
     benchmark.group = f"engine, {pair.name}: decode, batch 1"
     request = ask(pair, 1, words=8, tokens=DECODED if benchmark.enabled else 2, picture=None)
@@ -164,14 +169,14 @@ def run(
     benchmark, pair: Pair, impl: str, requests: list[lf.Request], rounds: int, before: lf.Request | None = None
 ) -> None:
     """Time one pass over ``requests`` with nothing remembered but ``before``."""
-    with pair.engine() as engine:
+    with pair.engine(impl) as engine:
 
         def forget() -> None:
             engine.clear_caches()
             if before is not None:
                 engine.generate([before])
 
-        work = {"ours": lambda: engine.generate(requests), "transformers": lambda: pair.generate(requests)}[impl]
+        work = (lambda: pair.generate(requests)) if impl == "transformers" else lambda: engine.generate(requests)
         warmups = 0 if len(requests) > 1 and pair.name != "tiny" else 1
         benchmark.pedantic(work, setup=forget, rounds=rounds, warmup_rounds=warmups)
     if benchmark.stats is None:

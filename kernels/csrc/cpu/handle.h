@@ -35,14 +35,13 @@ class Buffer {
 
 // Memory of a panel.
 struct PanelBuffer {
-    // For `rows` activations that meet `weight`.
-    const lk::Panel &fit(const lk_weight &weight, int64_t rows);
+    // For `rows` activations that meet `weight`, in vectors of `lanes`.
+    const lk::Panel &fit(const lk_weight &weight, int64_t rows, int64_t lanes);
     lk::Panel panel{};
 
   private:
     Buffer<float> values, scale, total;
     Buffer<int16_t> codes;
-    Buffer<int32_t> minus;
 };
 
 struct lk_cpu {

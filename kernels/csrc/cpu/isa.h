@@ -9,16 +9,18 @@ namespace lk {
 
 constexpr int64_t QUANTUM = 128; // values of K that share a scale in an activation met by int8 weights
 constexpr int64_t ROW_BLOCK = 64; // rows of activations that a task multiplies at most
+constexpr int64_t MANY_ROWS = 8;  // from so many on (and no fewer than lanes) float weights meet them side by side
 
 // Activations as the weight's format wants them: (rows, K) prepared once, read by every output feature.
 struct Panel {
-    int64_t stride;   // of `values` and `codes` from row to row: K rounded up, the rest 0
-    int64_t groups;   // of `scale` and the others from row to row
-    float *values;    // float weights; for bfloat16 ones each run of 2 L values has its even ones first, then the odd
-    int16_t *codes;   // quantised weights: value = scale * code
-    float *scale;     // (rows, groups)
-    float *total;     // (rows, groups) sum of a group's values
-    int32_t *minus;   // (rows, groups, 8) what int8 codes, being 128 too large, add too much, taken away beforehand
+    int64_t stride;    // of `values` and `codes` from row to row: K rounded up, the rest 0
+    int64_t groups;    // of `scale` and `total` from row to row
+    bool side_by_side; // float weights that meet many rows: `values` as blocks of so many rows as a vector has lanes,
+                       // (row / lanes, K, row % lanes)
+    float *values;     // float weights; for few rows and bfloat16 each run of 2 L values has its even ones first, then the odd
+    int16_t *codes;    // quantised weights: value = scale * code, those of a group in the order of the weight's words
+    float *scale;      // (rows, groups)
+    float *total;      // (rows, groups) sum of a group's values; for int8 the first is that of the whole row
 };
 
 // What is made into a panel: rows of x, normalised first where `norm` is given.
@@ -53,7 +55,7 @@ struct Isa {
     const char *name;
     int lanes;
 
-    // Rows first..last-1 of the panel.
+    // Rows first..last-1 of the panel; side by side: first is a multiple of the lanes.
     void (*prepare)(const lk_weight &weight, const Source &source, int64_t first, int64_t last, const Panel &panel);
     // out[m][n] (+)= panel row first_row + m times weight row first + n, for m < rows, n < count.
     void (*products)(const lk_weight &weight, const Panel &panel, int64_t first_row, int64_t rows, int64_t first,

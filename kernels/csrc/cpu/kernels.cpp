@@ -9,7 +9,8 @@ using lk::Panel;
 using lk::Source;
 
 constexpr int64_t PAIR = 2 * L; // bfloat16 values that are read at a time
-constexpr int ROWS = 3, WIDE = 4; // of x and of the weight, multiplied at a time: 12 sums and 4 operands fill 16 registers
+constexpr int ROWS = 3, WIDE = 4; // few rows of x, and of the weight, at a time: 12 sums and 4 operands fill 16 registers
+constexpr int64_t CHUNK = 128; // values that are looked at together where a whole row is not at hand
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -35,16 +36,17 @@ void from_float(lk_dtype dtype, const float *from, void *to, int64_t count) {
     for (int64_t i = 0; i < count; i++) half[i] = to_bf16(from[i]);
 }
 
-float inverse_norm(const float *x, int64_t width, float eps) {
+// 1 / the root of the mean square, without a copy of a row of halves.
+float inverse_norm(lk_dtype dtype, const void *x, int64_t width, float eps) {
     vf total = {};
-    float rest = 0;
-    int64_t i = 0;
-    for (; i + L <= width; i += L) {
-        vf v = load<vf>(x + i);
-        total += v * v;
+    float part[CHUNK];
+    for (int64_t from = 0; from < width; from += CHUNK) {
+        const int64_t count = least(CHUNK, width - from);
+        to_float(dtype, (const char *)x + from * (dtype == LK_FLOAT32 ? 4 : 2), part, count);
+        for (int64_t i = count; i % L; i++) part[i] = 0;
+        for (int64_t i = 0; i < count; i += L) total += load<vf>(part + i) * load<vf>(part + i);
     }
-    for (; i < width; i++) rest += x[i] * x[i];
-    return 1.f / __builtin_sqrtf((sum(total) + rest) / (float)width + eps);
+    return 1.f / __builtin_sqrtf(sum(total) / (float)width + eps);
 }
 
 void scaled(const float *x, float factor, const float *weight, float *out, int64_t width) {
@@ -62,42 +64,69 @@ void part_pairs(float *x, int64_t count) {
     }
 }
 
-// A group of values as integers of 16 bits.
-void encode(const float *x, int64_t count, int16_t *codes, float *scale, float *total, int32_t *minus) {
-    float most = 0, all_of_them = 0;
-    for (int64_t i = 0; i < count; i++) {
-        float size = __builtin_fabsf(x[i]);
-        most = size > most ? size : most;
+// A group of values as integers of 16 bits, in the order in which the weight's words have their codes: what meets 16
+// words, `planes` runs of 16 neighbours, lies together.
+void encode(const float *x, int64_t count, int64_t planes, int16_t *codes, float *scale, float *total) {
+    vf most = {}, added = {};
+    for (int64_t i = 0; i < count; i += L) most = larger(most, magnitude(load<vf>(x + i)));
+    const float size = largest(most), inverse = size > 0 ? 32767.f / size : 0;
+    const int64_t plane = count / planes;
+    for (int64_t j = 0; j < plane; j += 16)
+        for (int64_t p = 0; p < planes; p++, codes += 16)
+            for (int64_t i = 0; i < 16; i += L) {
+                const vf whole = nearest(load<vf>(x + p * plane + j + i) * inverse);
+                added += whole; // integers, small enough to be exact
+                store(codes + i, __builtin_convertvector(__builtin_convertvector(whole, vi), vs));
+            }
+    *scale = size / 32767.f;
+    *total = sum(added) * *scale;
+}
+
+// L rows side by side, so that a vector holds the same value of each.
+void prepare_block(const Source &source, int64_t width, int64_t rows, int64_t first, float *out) {
+    const int64_t size = source.dtype == LK_FLOAT32 ? 4 : 2;
+    const char *x = (const char *)source.x + first * source.stride * size;
+    float factor[L];
+    for (int64_t r = 0; r < rows; r++)
+        factor[r] = source.norm ? inverse_norm(source.dtype, x + r * source.stride * size, width, source.eps) : 1;
+    float part[CHUNK], block[CHUNK * L];
+    for (int64_t from = 0; from < width; from += CHUNK) {
+        const int64_t count = least(CHUNK, width - from);
+        memset(block, 0, sizeof block);
+        for (int64_t r = 0; r < rows; r++) {
+            to_float(source.dtype, x + (r * source.stride + from) * size, part, count);
+            if (source.norm) scaled(part, factor[r], source.norm + from, part, count);
+            for (int64_t k = 0; k < count; k++) block[k * L + r] = part[k];
+        }
+        memcpy(out + from * L, block, (size_t)(count * L) * sizeof(float));
     }
-    *scale = most / 32767.f;
-    const float inverse = most > 0 ? 32767.f / most : 0;
-    int32_t whole = 0;
-    for (int64_t i = 0; i < count; i++) {
-        int32_t code = (int32_t)__builtin_rintf(x[i] * inverse);
-        codes[i] = (int16_t)code, whole += code;
-    }
-    all_of_them = (float)whole * *scale;
-    *total = all_of_them;
-    memset(minus, 0, 8 * sizeof *minus);
-    minus[0] = -128 * whole;
 }
 
 void prepare(const lk_weight &weight, const Source &source, int64_t first, int64_t last, const Panel &panel) {
     const int64_t width = weight.in_features;
-    const bool coded = weight.format == LK_WEIGHT_INT8 || weight.format == LK_WEIGHT_INT4;
-    const int64_t group = weight.format == LK_WEIGHT_INT4 ? weight.group_size : lk::QUANTUM;
+    if (panel.side_by_side) {
+        for (int64_t row = first; row < last; row += L)
+            prepare_block(source, width, least(L, last - row), row, panel.values + row * panel.stride);
+        return;
+    }
+    const bool coded = weight.format >= LK_WEIGHT_INT8;
+    const int64_t group = panel.stride / panel.groups;
     for (int64_t row = first; row < last; row++) {
         float *values = panel.values + row * panel.stride;
         const int64_t size = source.dtype == LK_FLOAT32 ? 4 : 2;
-        to_float(source.dtype, (const char *)source.x + row * source.stride * size, values, width);
-        if (source.norm) scaled(values, inverse_norm(values, width, source.eps), source.norm, values, width);
+        const char *x = (const char *)source.x + row * source.stride * size;
+        to_float(source.dtype, x, values, width);
+        if (source.norm) scaled(values, inverse_norm(source.dtype, x, width, source.eps), source.norm, values, width);
         memset(values + width, 0, (size_t)(panel.stride - width) * sizeof(float));
         if (weight.format == LK_WEIGHT_BFLOAT16) part_pairs(values, panel.stride);
+        float all_of_them = 0;
         for (int64_t g = 0; coded && g < panel.groups; g++) {
             const int64_t at = row * panel.groups + g;
-            encode(values + g * group, group, panel.codes + row * panel.stride + g * group, panel.scale + at,
-                   panel.total + at, panel.minus + 8 * at);
+            encode(values + g * group, group, weight.format == LK_WEIGHT_INT8 ? 2 : 4,
+                   panel.codes + row * panel.stride + g * group, panel.scale + at, panel.total + at);
+            all_of_them += panel.total[at];
         }
+        if (weight.format == LK_WEIGHT_INT8) panel.total[row * panel.groups] = all_of_them;
     }
 }
 
@@ -106,6 +135,11 @@ void prepare(const lk_weight &weight, const Source &source, int64_t first, int64
 struct Float32 {
     static constexpr int64_t STEP = L;
     static constexpr int64_t SIZE = 4;
+    static constexpr int FEATURES = 6; // in many_rows: sums and what they are made of fill the registers
+    static INLINE float value(const char *w) {
+        return load<float>(w);
+    }
+    static INLINE vf broadcast(const char *pair, int odd) { return all(value(pair + 4 * odd)); }
     template <int M, int N>
     static INLINE void step(vf (&total)[M][N], const float *x, int64_t stride, const char *const (&w)[N]) {
         vf v[M];
@@ -120,6 +154,14 @@ struct Float32 {
 struct Bfloat16 {
     static constexpr int64_t STEP = PAIR;
     static constexpr int64_t SIZE = 2;
+    static constexpr int FEATURES = 4;
+    static INLINE float value(const char *w) {
+        return from_bf16(load<uint16_t>(w));
+    }
+    static INLINE vf broadcast(const char *pair, int odd) {
+        const vu words = (vu)all(load<float>(pair)); // not through an integer, which would take another way to the vector
+        return (vf)(odd ? words & 0xffff0000u : words << 16);
+    }
     template <int M, int N>
     static INLINE void step(vf (&total)[M][N], const float *x, int64_t stride, const char *const (&w)[N]) {
         vf v[M];
@@ -141,30 +183,33 @@ INLINE void put(const vf (&total)[M][N], float *out, int64_t stride, bool add) {
     for (int m = 0; m < M; m++) {
         float *to = out + m * stride;
         if constexpr (N == 4) {
-            const f4 row = sums(total[m][0], total[m][1], total[m][2], total[m][3]);
+            const f4 row = sums(halved(total[m][0]), halved(total[m][1]), halved(total[m][2]), halved(total[m][3]));
             store(to, add ? load<f4>(to) + row : row);
         } else {
-            static_assert(N == 1);
-            const float one = sum(total[m][0]);
-            *to = add ? *to + one : one;
+            for (int n = 0; n < N; n++) {
+                const float one = sum(total[m][n]);
+                to[n] = add ? to[n] + one : one;
+            }
         }
     }
 }
 
-// M rows of x with N of the weight, over values from..to-1 of K.
+// How far ahead a weight's rows are asked for: short ones end before the processor has seen that they are read in order.
+INLINE int64_t look_ahead(int64_t row_bytes, int64_t rows) { return row_bytes <= 4096 ? rows * row_bytes : 1024; }
+
+// M rows of x with N of the weight. What follows the weight's rows is asked for `ahead` bytes before it is needed; 0: it
+// has been.
 template <class W, int M, int N>
-void tile(const lk_weight &weight, int64_t n, const float *x, int64_t stride, int64_t from, int64_t to, float *out,
-          int64_t out_stride, bool add) {
+void tile(const lk_weight &weight, int64_t n, const float *x, int64_t stride, float *out, int64_t out_stride, bool add,
+          int64_t ahead) {
     vf total[M][N] = {};
     const char *w[N];
-    const int64_t row = (weight.row_stride ? weight.row_stride : weight.in_features) * W::SIZE;
-    for (int i = 0; i < N; i++) w[i] = (const char *)weight.data + (n + i) * row + from * W::SIZE;
-    // Short rows end before the processor has seen that they are read in order: the next tile's are asked for instead.
-    const int64_t ahead = row <= 4096 ? N * row : 1024;
-    int64_t k = from;
+    const int64_t width = weight.in_features, row = (weight.row_stride ? weight.row_stride : width) * W::SIZE;
+    for (int i = 0; i < N; i++) w[i] = (const char *)weight.data + (n + i) * row;
+    int64_t k = 0;
     if constexpr (M == 1) { // two sets of sums: one alone would wait for itself
         vf second[M][N] = {};
-        for (; k + 2 * W::STEP <= to; k += 2 * W::STEP) {
+        for (; k + 2 * W::STEP <= width; k += 2 * W::STEP) {
             const char *next[N];
             for (int i = 0; i < N; i++) {
                 next[i] = w[i] + W::STEP * W::SIZE;
@@ -176,169 +221,218 @@ void tile(const lk_weight &weight, int64_t n, const float *x, int64_t stride, in
         }
         for (int i = 0; i < N; i++) total[0][i] += second[0][i];
     }
-    for (; k + W::STEP <= to; k += W::STEP) {
+    for (; k + W::STEP <= width; k += W::STEP) {
+        if (M > 1 && ahead)
+            for (int i = 0; i < N; i++) __builtin_prefetch(w[i] + ahead);
         W::template step<M, N>(total, x + k, stride, w);
         for (int i = 0; i < N; i++) w[i] += W::STEP * W::SIZE;
     }
-    if (k < to) { // x is padded with zeros, the weight is not
+    if (k < width) { // x is padded with zeros, the weight is not
         char rest[N][W::STEP * W::SIZE] = {};
         const char *copied[N];
-        for (int i = 0; i < N; i++) copied[i] = rest[i], memcpy(rest[i], w[i], (size_t)((to - k) * W::SIZE));
+        for (int i = 0; i < N; i++) copied[i] = rest[i], memcpy(rest[i], w[i], (size_t)((width - k) * W::SIZE));
         W::template step<M, N>(total, x + k, stride, copied);
     }
     put<M, N>(total, out, out_stride, add);
 }
 
 template <class W, int N>
-void tiles(const lk_weight &weight, int64_t n, const float *x, int64_t stride, int64_t rows, int64_t from, int64_t to,
-           float *out, int64_t out_stride, bool add) {
-    int64_t m = 0;
-    for (; rows - m >= ROWS && rows - m != 4; m += ROWS)
-        tile<W, ROWS, N>(weight, n, x + m * stride, stride, from, to, out + m * out_stride, out_stride, add);
-    for (; rows - m >= 2; m += 2) // four are two and two
-        tile<W, 2, N>(weight, n, x + m * stride, stride, from, to, out + m * out_stride, out_stride, add);
-    if (m < rows) tile<W, 1, N>(weight, n, x + m * stride, stride, from, to, out + m * out_stride, out_stride, add);
+void tiles(const lk_weight &weight, int64_t n, const float *x, int64_t stride, int64_t rows, float *out,
+           int64_t out_stride, bool add) {
+    int64_t m = 0, ahead = look_ahead((weight.row_stride ? weight.row_stride : weight.in_features) * W::SIZE, N);
+    if (constexpr int HALF = (N + 1) / 2; rows == 4) {
+        for (int i = 0; i < N; i += HALF)
+            tile<W, 4, HALF>(weight, n + i, x, stride, out + i, out_stride, add, ahead);
+        return;
+    }
+    for (; rows - m >= ROWS; m += ROWS, ahead = 0)
+        tile<W, ROWS, N>(weight, n, x + m * stride, stride, out + m * out_stride, out_stride, add, ahead);
+    for (; rows - m >= 2; m += 2, ahead = 0)
+        tile<W, 2, N>(weight, n, x + m * stride, stride, out + m * out_stride, out_stride, add, ahead);
+    if (m < rows) tile<W, 1, N>(weight, n, x + m * stride, stride, out + m * out_stride, out_stride, add, ahead);
 }
 
 template <class W>
-void float_products(const lk_weight &weight, const float *x, int64_t stride, int64_t rows, int64_t first, int64_t count,
-                    float *out, int64_t out_stride, bool add) {
-    // x in pieces that stay in the second cache while all of the weight's rows pass by.
-    const int64_t width = weight.in_features;
-    const int64_t piece = rows > ROWS ? (65536 / rows + PAIR) / PAIR * PAIR : width;
-    for (int64_t from = 0; from < width; from += piece) {
-        const int64_t to = least(width, from + piece);
-        const bool more = add || from > 0;
+void few_rows(const lk_weight &weight, const float *x, int64_t stride, int64_t rows, int64_t first, int64_t count,
+              float *out, int64_t out_stride, bool add) {
+    int64_t n = 0;
+    for (; n + WIDE <= count; n += WIDE) tiles<W, WIDE>(weight, first + n, x, stride, rows, out + n, out_stride, add);
+    for (; n < count; n++) tiles<W, 1>(weight, first + n, x, stride, rows, out + n, out_stride, add);
+}
+
+// Many rows: a lane of a vector is a row of x, so that nothing is added up across lanes. R vectors of rows with N of the
+// weight's, over `count` values of K from `w` and `x` on; row and block: bytes and floats from one to the next.
+template <class W, int R, int N>
+void lanes(const char *w, int64_t row, const float *x, int64_t block, int64_t count, int64_t rows, float *out,
+           int64_t out_stride, bool add, int64_t ahead) {
+    constexpr int SETS = R == 1 ? 2 : 1; // of sums: one alone would wait for itself
+    vf total[SETS][R][N] = {};
+    int64_t k = 0;
+    for (; k + 2 <= count; k += 2, w += 2 * W::SIZE) {
+        if (!(k % (32 / W::SIZE)))
+            for (int n = 0; n < N; n++) __builtin_prefetch(w + n * row + ahead);
+        for (int odd = 0; odd < 2; odd++) {
+            vf v[R];
+            for (int r = 0; r < R; r++) v[r] = load<vf>(x + r * block + (k + odd) * L);
+            for (int n = 0; n < N; n++) {
+                const vf one = W::broadcast(w + n * row, odd);
+                for (int r = 0; r < R; r++) total[odd % SETS][r][n] += v[r] * one;
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) {
+            vf sum = total[0][r][n];
+            if (SETS == 2) sum += total[1][r][n];
+            if (k < count) sum += load<vf>(x + r * block + k * L) * W::value(w + n * row);
+            const int64_t some = least(L, rows - r * L);
+            float *to = out + r * L * out_stride + n;
+            for (int64_t m = 0; m < some; m++) to[m * out_stride] = add ? to[m * out_stride] + sum[m] : sum[m];
+        }
+}
+
+template <class W, int N>
+void blocks_of_lanes(const char *w, int64_t row, const float *x, int64_t block, int64_t count, int64_t rows, float *out,
+                     int64_t out_stride, bool add) {
+    int64_t m = 0, ahead = look_ahead(row, N);
+    for (; rows - m > L; m += 2 * L, ahead = 0)
+        lanes<W, 2, N>(w, row, x + m / L * block, block, count, rows - m, out + m * out_stride, out_stride, add, ahead);
+    if (m < rows)
+        lanes<W, 1, N>(w, row, x + m / L * block, block, count, rows - m, out + m * out_stride, out_stride, add, ahead);
+}
+
+template <class W>
+void many_rows(const lk_weight &weight, const float *x, int64_t stride, int64_t rows, int64_t first, int64_t count,
+               float *out, int64_t out_stride, bool add) {
+    constexpr int64_t PIECE = 1024; // of K: x stays in the second cache while all of the weight's rows pass by
+    const int64_t width = weight.in_features, row = (weight.row_stride ? weight.row_stride : width) * W::SIZE;
+    for (int64_t from = 0; from < width; from += PIECE) {
+        const int64_t some = least(PIECE, width - from);
+        const char *w = (const char *)weight.data + first * row + from * W::SIZE;
+        const float *piece = x + from * L;
+        const bool more = add || from;
         int64_t n = 0;
-        for (; n + WIDE <= count; n += WIDE)
-            tiles<W, WIDE>(weight, first + n, x, stride, rows, from, to, out + n, out_stride, more);
-        for (; n < count; n++) tiles<W, 1>(weight, first + n, x, stride, rows, from, to, out + n, out_stride, more);
+        for (; n + W::FEATURES <= count; n += W::FEATURES)
+            blocks_of_lanes<W, W::FEATURES>(w + n * row, row, piece, L * stride, some, rows, out + n, out_stride, more);
+        for (; n + 2 <= count; n += 2)
+            blocks_of_lanes<W, 2>(w + n * row, row, piece, L * stride, some, rows, out + n, out_stride, more);
+        if (n < count) blocks_of_lanes<W, 1>(w + n * row, row, piece, L * stride, some, rows, out + n, out_stride, more);
     }
 }
 
 // ---- products with weights of 8 and 4 bits, whose layout is that of quantized_linear.py; integers throughout a group
 
-template <int M, int N>
-void tile_int8(const lk_weight &weight, int64_t n, const Panel &panel, int64_t row, float *out, int64_t out_stride,
-               bool add) {
-    const int64_t bytes = panel.groups * lk::QUANTUM;
-    const uint8_t *w = (const uint8_t *)weight.data + n * bytes;
-    const int64_t ahead = bytes <= 4096 ? N * bytes : 1024;
-    i8 total[M][N];
-    typedef float f8 __attribute__((vector_size(32)));
+// Scales and offsets of 4-bit weights as floats, for a part of the features and of K.
+constexpr int64_t PART = 48, GROUPS = 32;
+struct Scales {
+    float scale[GROUPS][PART], offset[GROUPS][PART], rest[4]; // offsets are read four at a time
+};
+
+void read_scales(const lk_weight &weight, int64_t n, int64_t count, int64_t group, int64_t groups, Scales &scales) {
+    const uint16_t *scale = (const uint16_t *)weight.group_scale, *offset = (const uint16_t *)weight.group_offset;
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = (group + g) * weight.out_features + n;
+        to_float(LK_BFLOAT16, scale + at, scales.scale[g], count);
+        to_float(LK_BFLOAT16, offset + at, scales.offset[g], count);
+        __builtin_prefetch(scale + at + PART); // the next part's, which lie nowhere near each other
+        __builtin_prefetch(offset + at + PART);
+    }
+}
+
+// M rows of x and N of the weight, over some groups of K. Sixteen words of 16 bits hold 16 codes in each of their planes,
+// which meet 16 neighbours of x.
+template <int BITS, int M, int N>
+void coded_tile(const lk_weight &weight, int64_t n, const Panel &panel, int64_t row, int64_t group, int64_t groups,
+                const Scales *scales, int64_t in_part, float *out, int64_t out_stride, bool add, int64_t ahead) {
+    constexpr int PLANES = 16 / BITS, CODES = 16 * PLANES;
+    const int64_t size = panel.stride / panel.groups, bytes = panel.stride * BITS / 8;
+    const uint8_t *w = (const uint8_t *)weight.data + n * bytes + group * size * BITS / 8;
+    const int16_t *x = panel.codes + row * panel.stride + group * size;
     f8 real[M][N] = {};
-    for (int64_t g = 0; g < panel.groups; g++) {
-        const int64_t at = row * panel.groups + g;
-        const int16_t *x = panel.codes + row * panel.stride + g * lk::QUANTUM;
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < N; i++) total[m][i] = load<i8>(panel.minus + 8 * (at + m * panel.groups));
-        for (int j = 0; j < 4; j++) // 16 words of 16 bits hold values 16 j.. in their lower and 64 + 16 j.. in their upper halves
+    f4 offsets[M] = {};
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = row * panel.groups + group + g;
+        i8 total[M][N] = {};
+        for (int64_t k = 0; k < size; k += CODES, w += 32, x += CODES) {
+            h16 words[N], codes[N];
             for (int i = 0; i < N; i++) {
-                const uint8_t *from = w + i * bytes + g * lk::QUANTUM + 32 * j;
-                if (M == 1) __builtin_prefetch(from + ahead);
-                const h16 words = load<h16>(from);
-                const h16 low = words & 255, high = words >> 8;
+                __builtin_prefetch(w + i * bytes + ahead);
+                words[i] = load<h16>(w + i * bytes);
+            }
+            for (int p = 0; p < PLANES; p++) {
+                for (int i = 0; i < N; i++) {
+                    codes[i] = words[i] >> (BITS * p);
+                    if (p < PLANES - 1) codes[i] &= (uint16_t)((1 << BITS) - 1);
+                }
                 for (int m = 0; m < M; m++) {
-                    const int16_t *xm = x + m * panel.stride + 16 * j;
-                    total[m][i] = multiply_add(total[m][i], low, load<h16>(xm));
-                    total[m][i] = multiply_add(total[m][i], high, load<h16>(xm + 64));
+                    const h16 own = load<h16>(x + m * panel.stride + 16 * p);
+                    for (int i = 0; i < N; i++) total[m][i] = multiply_add(total[m][i], codes[i], own);
                 }
             }
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < N; i++)
-                real[m][i] += __builtin_convertvector(total[m][i], f8) * panel.scale[at + m * panel.groups];
-    }
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < N; i++) {
-            f4 four = __builtin_shufflevector(real[m][i], real[m][i], 0, 1, 2, 3) +
-                      __builtin_shufflevector(real[m][i], real[m][i], 4, 5, 6, 7);
-            const float one = ((four[0] + four[2]) + (four[1] + four[3])) * weight.scale[n + i];
-            float *to = out + m * out_stride + i;
-            *to = add ? *to + one : one;
         }
-}
-
-template <int N>
-INLINE f4 some_bf16(const uint16_t *from) {
-    typedef uint16_t h4 __attribute__((vector_size(8)));
-    typedef uint32_t u4 __attribute__((vector_size(16)));
-    h4 half = {};
-    memcpy(&half, from, N * sizeof *from);
-    return (f4)(__builtin_convertvector(half, u4) << 16);
-}
-
-template <int M, int N>
-void tile_int4(const lk_weight &weight, int64_t n, const Panel &panel, int64_t row, float *out, int64_t out_stride,
-               bool add) {
-    const int64_t group = weight.group_size, plane = group / 4, bytes = panel.groups * group / 2;
-    const uint8_t *w = (const uint8_t *)weight.data + n * bytes;
-    const int64_t ahead = bytes <= 4096 ? N * bytes : 1024;
-    f4 real[M] = {};
-    for (int64_t g = 0; g < panel.groups; g++) {
-        const int64_t at = row * panel.groups + g;
-        const int16_t *x = panel.codes + row * panel.stride + g * group;
-        i8 total[M][4] = {};
-        for (int64_t j = 0; j < plane; j += 16) // 16 words of 16 bits hold 16 neighbours of each of the four planes
-            for (int i = 0; i < N; i++) {
-                const uint8_t *from = w + i * bytes + g * group / 2 + 2 * j;
-                if (M == 1) __builtin_prefetch(from + ahead);
-                const h16 words = load<h16>(from);
-                const h16 codes[4] = {words & 15, words >> 4 & 15, words >> 8 & 15, words >> 12};
-                for (int m = 0; m < M; m++)
-                    for (int p = 0; p < 4; p++)
-                        total[m][i] =
-                            multiply_add(total[m][i], codes[p], load<h16>(x + m * panel.stride + p * plane + j));
-            }
-        const f4 scale = some_bf16<N>((const uint16_t *)weight.group_scale + g * weight.out_features + n);
-        const f4 offset = some_bf16<N>((const uint16_t *)weight.group_offset + g * weight.out_features + n);
         for (int m = 0; m < M; m++) {
-            const i4 whole = sums(total[m][0], total[m][1], total[m][2], total[m][3]);
-            real[m] += __builtin_convertvector(whole, f4) * (scale * panel.scale[at + m * panel.groups]) +
-                       offset * panel.total[at + m * panel.groups];
+            const float own = panel.scale[at + m * panel.groups];
+            for (int i = 0; i < N; i++) {
+                const f8 scaled = __builtin_convertvector(total[m][i], f8) * own;
+                real[m][i] += BITS == 4 ? scaled * scales->scale[g][in_part + i] : scaled;
+            }
+            if (BITS == 4)
+                offsets[m] += load<f4>(scales->offset[g] + in_part) * panel.total[at + m * panel.groups];
         }
     }
-    for (int m = 0; m < M; m++)
+    for (int m = 0; m < M; m++) {
+        f4 four[4] = {};
+        for (int i = 0; i < N; i++)
+            four[i] = __builtin_shufflevector(real[m][i], real[m][i], 0, 1, 2, 3) +
+                      __builtin_shufflevector(real[m][i], real[m][i], 4, 5, 6, 7);
+        f4 found = sums(four[0], four[1], four[2], four[3]);
+        if (BITS == 4) found += offsets[m];
+        if (BITS == 8 && !group) found -= 128 * panel.total[(row + m) * panel.groups]; // codes are 128 too large
         for (int i = 0; i < N; i++) {
-            const float one = real[m][i] * weight.scale[n + i];
+            const float one = found[i] * weight.scale[n + i];
             float *to = out + m * out_stride + i;
             *to = add ? *to + one : one;
         }
+    }
 }
 
-#define CODED(KIND)                                                                                                    \
-    void products_##KIND(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t first,       \
-                         int64_t count, float *out, int64_t stride, bool add) {                                       \
-        for (int64_t n = 0; n < count; n++) {                                                                         \
-            const bool four = n + 4 <= count, two = n + 2 <= count;                                                   \
-            int64_t m = 0;                                                                                            \
-            if (rows == 1 && four) {                                                                                  \
-                tile_##KIND<1, 4>(weight, first + n, panel, row, out + n, stride, add);                               \
-                n += 3;                                                                                               \
-            } else if (two) {                                                                                         \
-                for (; m + 2 <= rows; m += 2)                                                                         \
-                    tile_##KIND<2, 2>(weight, first + n, panel, row + m, out + m * stride + n, stride, add);          \
-                if (m < rows)                                                                                         \
-                    tile_##KIND<1, 2>(weight, first + n, panel, row + m, out + m * stride + n, stride, add);          \
-                n += 1;                                                                                               \
-            } else {                                                                                                  \
-                for (; m < rows; m++)                                                                                 \
-                    tile_##KIND<1, 1>(weight, first + n, panel, row + m, out + m * stride + n, stride, add);          \
-            }                                                                                                         \
-        }                                                                                                             \
-    }
-CODED(int8)
-CODED(int4)
+template <int BITS>
+void coded_products(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
+                    float *out, int64_t stride, bool add) {
+    Scales scales;
+    const int64_t bytes = panel.stride * BITS / 8, most = BITS == 4 ? GROUPS : panel.groups;
+    for (int64_t part = 0; part < count; part += PART)
+        for (int64_t group = 0; group < panel.groups; group += most) {
+            const int64_t features = least(PART, count - part), groups = least(most, panel.groups - group);
+            const bool more = add || group;
+            if (BITS == 4) read_scales(weight, first + part, features, group, groups, scales);
+            auto multiply = [&](auto tile, int64_t m, int64_t n, int64_t ahead) {
+                tile(weight, first + part + n, panel, row + m, group, groups, &scales, n, out + m * stride + part + n, stride,
+                     more, ahead);
+            };
+            int64_t n = 0;
+            for (; rows == 1 && n + 4 <= features; n += 4) multiply(coded_tile<BITS, 1, 4>, 0, n, look_ahead(bytes, 4));
+            for (; n + 2 <= features; n += 2) {
+                int64_t m = 0, ahead = look_ahead(bytes, 2);
+                for (; m + 4 <= rows; m += 4, ahead = 0) multiply(coded_tile<BITS, 4, 2>, m, n, ahead);
+                for (; m + 2 <= rows; m += 2, ahead = 0) multiply(coded_tile<BITS, 2, 2>, m, n, ahead);
+                if (m < rows) multiply(coded_tile<BITS, 1, 2>, m, n, ahead);
+            }
+            for (int64_t m = 0; n < features && m < rows; m++) multiply(coded_tile<BITS, 1, 1>, m, n, 0);
+        }
+}
 
 void products(const lk_weight &weight, const Panel &panel, int64_t first_row, int64_t rows, int64_t first, int64_t count,
               float *out, int64_t out_stride, bool add) {
     const float *x = panel.values + first_row * panel.stride;
+    const bool wide = panel.side_by_side;
     switch (weight.format) {
     case LK_WEIGHT_FLOAT32:
-        return float_products<Float32>(weight, x, panel.stride, rows, first, count, out, out_stride, add);
+        return (wide ? many_rows<Float32> : few_rows<Float32>)(weight, x, panel.stride, rows, first, count, out, out_stride, add);
     case LK_WEIGHT_BFLOAT16:
-        return float_products<Bfloat16>(weight, x, panel.stride, rows, first, count, out, out_stride, add);
-    case LK_WEIGHT_INT8: return products_int8(weight, panel, first_row, rows, first, count, out, out_stride, add);
-    case LK_WEIGHT_INT4: return products_int4(weight, panel, first_row, rows, first, count, out, out_stride, add);
+        return (wide ? many_rows<Bfloat16> : few_rows<Bfloat16>)(weight, x, panel.stride, rows, first, count, out, out_stride, add);
+    case LK_WEIGHT_INT8: return coded_products<8>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+    case LK_WEIGHT_INT4: return coded_products<4>(weight, panel, first_row, rows, first, count, out, out_stride, add);
     }
 }
 
@@ -401,7 +495,7 @@ INLINE void scores(const float *const *q, const float *k, int64_t k_stride, int6
     for (int r = 0; r < R; r++) {
         f4 some = {};
         if constexpr (T == 4)
-            some = sums(total[r][0], total[r][1], total[r][2], total[r][3]);
+            some = sums(halved(total[r][0]), halved(total[r][1]), halved(total[r][2]), halved(total[r][3]));
         else
             for (int t = 0; t < T; t++) some[t] = sum(total[r][t]);
         for (int t = 0; t < T; t++) {

@@ -57,12 +57,13 @@ lk_status check_weight(lk_handle *handle, const char *name, const lk_weight &wei
 }
 
 const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, const Source &source, int64_t rows) {
-    const Panel &panel = buffer.fit(weight, rows);
+    const int64_t lanes = cpu.isa->lanes;
+    const Panel &panel = buffer.fit(weight, rows, lanes);
     if (rows <= FEW_ROWS) {
         cpu.isa->prepare(weight, source, 0, rows, panel);
         return panel;
     }
-    const int64_t part = cdiv(rows, 4 * cpu.pool->threads());
+    const int64_t unit = panel.side_by_side ? lanes : 1, part = cdiv(cdiv(rows, 4 * cpu.pool->threads()), unit) * unit;
     cpu.pool->each(cdiv(rows, part), [&](int64_t i, int) {
         cpu.isa->prepare(weight, source, i * part, (i + 1) * part < rows ? (i + 1) * part : rows, panel);
     });
@@ -125,17 +126,17 @@ lk_status check_step(lk_handle *handle, const PagedStep &step, int64_t tokens, i
 
 } // namespace lk
 
-const lk::Panel &PanelBuffer::fit(const lk_weight &weight, int64_t rows) {
+const lk::Panel &PanelBuffer::fit(const lk_weight &weight, int64_t rows, int64_t lanes) {
     const bool coded = weight.format >= LK_WEIGHT_INT8;
     const int64_t group = weight.format == LK_WEIGHT_INT4 ? weight.group_size : lk::QUANTUM;
     panel.stride = lk::cdiv(weight.in_features, group) * group; // 128 is a multiple of what any vectors take
     panel.groups = panel.stride / group;
-    panel.values = values.at_least(rows * panel.stride);
+    panel.side_by_side = !coded && rows >= lk::MANY_ROWS && rows >= lanes;
+    panel.values = values.at_least(lk::cdiv(rows, lanes) * lanes * panel.stride);
     if (coded) {
         panel.codes = codes.at_least(rows * panel.stride);
         panel.scale = scale.at_least(rows * panel.groups);
         panel.total = total.at_least(rows * panel.groups);
-        panel.minus = minus.at_least(8 * rows * panel.groups);
     }
     return panel;
 }

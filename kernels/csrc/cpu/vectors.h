@@ -21,8 +21,9 @@ typedef float vf __attribute__((vector_size(4 * L)));
 typedef int32_t vi __attribute__((vector_size(4 * L)));
 typedef uint32_t vu __attribute__((vector_size(4 * L)));
 typedef uint16_t vh __attribute__((vector_size(2 * L)));
+typedef int16_t vs __attribute__((vector_size(2 * L)));
 typedef float f4 __attribute__((vector_size(16)));
-typedef int32_t i4 __attribute__((vector_size(16)));
+typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
 typedef uint16_t h16 __attribute__((vector_size(32))); // sixteen 16-bit lanes of a quantised weight
 
@@ -37,9 +38,13 @@ INLINE void store(void *to, V v) {
     memcpy(to, &v, sizeof v);
 }
 
-INLINE vf all(float x) { return vf{} + x; }
+INLINE vf all(float x) { return x - vf{}; } // what is added to 0 may be -0, and is no copy
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 INLINE vf magnitude(vf a) { return (vf)((vu)a & 0x7fffffffu); }
+INLINE vf nearest(vf a) { // below 2^22: adding 1.5 * 2^23 rounds to an integer
+    const float shift = 12582912.f;
+    return (a + shift) - shift;
+}
 
 // bfloat16 is the upper half of a float.
 INLINE float from_bf16(uint16_t h) {
@@ -56,20 +61,18 @@ INLINE uint16_t to_bf16(float f) { // to the nearest, ties to even; a NaN stays 
 }
 INLINE vf load_bf16(const uint16_t *from) { return (vf)(__builtin_convertvector(load<vh>(from), vu) << 16); }
 
-// Four floats of a vector added up to one place each: {sum a, sum b, sum c, sum d}.
+// Four floats with the same sum.
 INLINE f4 halved(vf v) {
     f4 parts[L / 4];
     memcpy(parts, &v, sizeof parts);
     if constexpr (L == 16) parts[0] += parts[2], parts[1] += parts[3];
     return L == 4 ? parts[0] : parts[0] + parts[L / 4 > 1];
 }
-INLINE i4 halved(i8 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7); }
 
-template <class V>
-INLINE auto sums(V va, V vb, V vc, V vd) {
-    auto a = halved(va), b = halved(vb), c = halved(vc), d = halved(vd);
-    auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+// {sum a, sum b, sum c, sum d}
+INLINE f4 sums(f4 a, f4 b, f4 c, f4 d) {
+    const f4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const f4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
     return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 INLINE float sum(vf v) {
