@@ -46,12 +46,13 @@ def write_checkpoint(preset: str, folder: Path, shard_bytes: int = SHARD_BYTES) 
         config = config.replace(image_token_id=config.text.vocab_size - 1)
     model = lf.Llava(config, device="meta", dtype=torch.bfloat16, seed=None)
     forms = {name: form_of(one.tensor) for name, one in stored_tensors(model).items()}
-    noise = torch.empty(max(t.numel() for t in forms.values()), dtype=torch.bfloat16).normal_(0.0, 0.02)
+    more = 8 * 997 * len(forms)  # each tensor is a stretch of the same noise that begins elsewhere
+    noise = torch.empty(max(t.numel() for t in forms.values()) + more, dtype=torch.bfloat16).normal_(0.0, 0.02)
 
     def random(like: Tensor, at: int) -> Tensor:
         if like.dim() == 1:  # norms and biases
             return torch.ones(like.shape, dtype=torch.bfloat16)
-        return noise.roll(-997 * at)[: like.numel()].view(like.shape)
+        return noise[8 * 997 * at :][: like.numel()].view(like.shape)
 
     tensors = {name: Made(like, partial(random, like, at)) for at, (name, like) in enumerate(forms.items())}
     write_tensors(folder, tensors, shard_bytes=shard_bytes)
