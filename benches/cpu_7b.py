@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,13 +140,13 @@ def in_a_process(stage: str, folder: Path, tokens: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(preset: str, folder: Path, tokens: int, shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
-    """Everything, in a folder of its own inside ``folder`` that is removed afterwards."""
+def measure(preset: str, folder: Path, tokens: int, stages: Iterable[str] = STAGES) -> dict[str, Any]:
+    """The stages, each in a process, in a folder of its own inside ``folder`` that is removed afterwards."""
     own = Path(tempfile.mkdtemp(prefix="cpu_7b.", dir=folder))
     try:
-        found: dict[str, Any] = {"preset": preset, "checkpoint_bytes": write_checkpoint(preset, own, shard_bytes)}
+        found: dict[str, Any] = {"preset": preset, "checkpoint_bytes": write_checkpoint(preset, own)}
         print(f"wrote {found['checkpoint_bytes'] / 1e9:.2f} GB", flush=True)
-        for stage in STAGES:
+        for stage in stages:
             found[stage] = in_a_process(stage, own, tokens)
             print(f"{stage:7}", json.dumps(found[stage]), flush=True)
         return found

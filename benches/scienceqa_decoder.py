@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -86,7 +86,13 @@ def packed(sequences: list[list[int]], model: lf.Llava) -> lf.PackedBatch:
     )
 
 
-def train(model: lf.Llava, sequences: list[list[int]], seconds: float, rate: float) -> None:
+def train(
+    model: lf.Llava,
+    sequences: list[list[int]],
+    seconds: float,
+    rate: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
     """AdamW for so long: a tenth of it warm-up, then cosine decay. Vision tower and projector are not touched."""
     model.requires_grad_(False)
     parts = list(model.decoder.parameters())
@@ -94,8 +100,8 @@ def train(model: lf.Llava, sequences: list[list[int]], seconds: float, rate: flo
         part.requires_grad_(True)
     optimizer = torch.optim.AdamW(parts, lr=rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     batches = (batch for epoch in count() for batch in steps(sequences, seed=epoch))
-    started, shown, done, smoothed = time.perf_counter(), 0.0, 0, math.log(model.config.text.vocab_size)
-    while (past := time.perf_counter() - started) < seconds:
+    started, shown, done, smoothed = clock(), 0.0, 0, math.log(model.config.text.vocab_size)
+    while (past := clock() - started) < seconds:
         batch, share = next(batches), past / seconds
         for group in optimizer.param_groups:
             group["lr"] = rate * min(10 * share, 0.5 + 0.5 * math.cos(math.pi * share))
