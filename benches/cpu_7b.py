@@ -31,7 +31,9 @@ import llava_fast as lf
 from llava_fast.checkpoint.files import SHARD_BYTES, Made, form_of, write_json, write_tensors
 from llava_fast.checkpoint.huggingface import config_fields
 from llava_fast.checkpoint.names import stored_tensors
+from llava_fast.checkpoint.packed import quantization_fields
 from llava_fast.engine.native_decoder import NativeDecoder
+from llava_fast.model.quantized import QuantizedLinear, put_empty, quantized_layers
 from llava_fast.processor import Processor, Tokenizer
 
 TOKENIZER = Path(lf.__file__).parent / "train" / "tiny" / "decoder"
@@ -39,25 +41,40 @@ KIND = "int4"
 WORDS = 16  # text tokens of the question
 
 
-def write_checkpoint(preset: str, folder: Path, shard_bytes: int = SHARD_BYTES) -> int:
-    """Random weights in bf16, made a tensor at a time while they are written; returns their bytes."""
+def write_checkpoint(preset: str, folder: Path, shard_bytes: int = SHARD_BYTES, kind: str | None = None) -> int:
+    """Random weights in bf16, or as if rounded to ``kind``, made a tensor at a time while they are written; returns
+    their bytes."""
     config = lf.ModelConfig.preset(preset).replace(dtype="bfloat16", projector="mlp2x_gelu")
-    if config.image_token_id < 0:  # any id that random prompts do not hold
-        config = config.replace(image_token_id=config.text.vocab_size - 1)
+    tokenizer = Tokenizer.load(TOKENIZER)
+    config = config.replace(image_token_id=tokenizer.token_id("<image>"))
     model = lf.Llava(config, device="meta", dtype=torch.bfloat16, seed=None)
-    forms = {name: form_of(one.tensor) for name, one in stored_tensors(model).items()}
+    if kind is not None:
+        for name in quantized_layers(model, kind):
+            put_empty(model, kind, name)
+    stored = stored_tensors(model)
+    forms = {name: form_of(one.tensor) for name, one in stored.items()}
     more = 8 * 997 * len(forms)  # each tensor is a stretch of the same noise that begins elsewhere
     noise = torch.empty(max(t.numel() for t in forms.values()) + more, dtype=torch.bfloat16).normal_(0.0, 0.02)
 
-    def random(like: Tensor, at: int) -> Tensor:
-        if like.dim() == 1:  # norms and biases
-            return torch.ones(like.shape, dtype=torch.bfloat16)
-        return noise[8 * 997 * at :][: like.numel()].view(like.shape)
+    def random(name: str, like: Tensor, at: int) -> Tensor:
+        if name.endswith("weight_shape"):
+            return form_of(stored[name].tensor)
+        if like.dim() == 1 or name.endswith("weight_channel"):  # norms and biases
+            return torch.ones(like.shape, dtype=like.dtype)
+        some = noise[8 * 997 * at :][: like.numel()].view(like.shape)
+        if name.endswith("weight_scale"):  # 16 levels over the range of such noise
+            return some.mul(0).add_(0.08 / 15).to(like.dtype)
+        if name.endswith("weight_offset"):
+            return some.mul(0).sub_(0.04).to(like.dtype)
+        return some.to(like.dtype) if like.is_floating_point() else (some * 1e11).to(like.dtype)  # any bits are codes
 
-    tensors = {name: Made(like, partial(random, like, at)) for at, (name, like) in enumerate(forms.items())}
+    tensors = {name: Made(like, partial(random, name, like, at)) for at, (name, like) in enumerate(forms.items())}
     write_tensors(folder, tensors, shard_bytes=shard_bytes)
-    write_json(folder / "config.json", config_fields(config))
-    Processor.from_config(config, Tokenizer.load(TOKENIZER)).save(folder)
+    fields = config_fields(config)
+    if kind is not None:
+        fields["quantization_config"] = quantization_fields(kind, head=isinstance(model.lm_head, QuantizedLinear))
+    write_json(folder / "config.json", fields)
+    Processor.from_config(config, tokenizer).save(folder)
     return sum(form_of(t).nbytes for t in tensors.values())
 
 
@@ -160,11 +177,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where there is disk: 20 GB at 7B")
     parser.add_argument("--tokens", type=int, default=33, help="of the answer (default %(default)s)")
     parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--write", action="store_true", help="only write the checkpoint into --folder")
+    parser.add_argument("--write", choices=("bf16", KIND), help="only write that checkpoint into --folder")
     parser.add_argument("--stage", choices=STAGES, help="only this, on the checkpoint in --folder")
     args = parser.parse_args()
     if args.write:
-        print(write_checkpoint(args.preset, args.folder))
+        saved = args.write == KIND
+        print(write_checkpoint(args.preset, args.folder / KIND if saved else args.folder, kind=KIND if saved else None))
     elif args.stage:
         result = STAGES[args.stage](args.folder, args.tokens)
         print(json.dumps(result | {"peak_bytes": peak_bytes(), "threads": torch.get_num_threads()}))

@@ -28,10 +28,7 @@ class ProjectSpliceArgs(Structure):
         *[(name, c_int64) for name in ("images", "image_patches", "texts", "channels", "width", "vocabulary")],
         ("features", c_void_p),
         *[(name, c_int64) for name in ("image_stride", "patch_stride")],
-        *[
-            (name, c_void_p)
-            for name in ("weight", "bias", "embedding", "input_ids", "image_rows", "text_rows", "out")
-        ],
+        *[(name, c_void_p) for name in ("weight", "bias", "embedding", "input_ids", "image_rows", "text_rows", "out")],
     ]
 
 

@@ -78,13 +78,14 @@ def test_training_on_problems(tmp_path: Path, monkeypatch, capsys):
     assert [len(texts(file, held_out=held)) for held in (False, True)] == [7, 1]
 
     tokenizer = Tokenizer.load(built_in())
-    model, processor = make(tokenizer, TextConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                                                  num_attention_heads=2, num_key_value_heads=2, head_dim=32))  # fmt: skip
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
+    model, processor = make(tokenizer, TextConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, **heads))
     sequences = [encoded(text, tokenizer, 512) for text in texts(file, held_out=False)]
     assert sorted(s for batch in steps(sequences, seed=0) for s in batch) == sorted(sequences)
     batch = packed(sequences[:2], model)
     before = model.loss(batch).item()
-    assert batch.num_supervised == batch.num_tokens - 2 and before == pytest.approx(math.log(model.config.text.vocab_size), rel=0.05)  # fmt: skip
+    assert batch.num_supervised == batch.num_tokens - 2
+    assert before == pytest.approx(math.log(model.config.text.vocab_size), rel=0.05)  # knows nothing yet
     ticks = count()
     train(model, sequences, seconds=40, rate=3e-3, clock=lambda: float(next(ticks)))  # 40 steps
     assert model.loss(batch).item() < 0.7 * before
