@@ -1,6 +1,6 @@
 """Operations on CPU tensors through the C library: what torch.ops.llava_kernels runs there without gradients.
 
-The decoder of the engine does not come this way: it runs all layers in one call (:class:`llava_kernels.library.Decoder`).
+The engine does not come this way: it runs all its layers in one call (:class:`llava_kernels.library.Decoder`).
 """
 
 from __future__ import annotations
