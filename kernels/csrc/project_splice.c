@@ -1,6 +1,16 @@
-#include <string.h>
+#include <stdlib.h>
 
+#include "cpu/cpu.h"
 #include "ops.h"
+
+/* The first row that is named twice, -1 where none is. All rows lie below patches + texts. */
+static int64_t repeated_row(const lk_project_splice_args *args, int64_t patches, unsigned char *seen) {
+    for (int64_t i = 0; i < patches + args->texts; i++) {
+        int32_t row = i < patches ? args->image_rows[i] : args->text_rows[i - patches];
+        if (seen[row]++) return row;
+    }
+    return -1;
+}
 
 /* On the CPU wrong places would be written to, so they are looked at first; on a GPU that would cost a pass. */
 static lk_status check_places(lk_handle *handle, const lk_project_splice_args *args, int64_t patches) {
@@ -18,40 +28,19 @@ static lk_status check_places(lk_handle *handle, const lk_project_splice_args *a
             return lk_fail(handle, LK_INVALID_ARGUMENT, "input_ids[%d] is %lld, outside the vocabulary of %lld", row,
                            (long long)args->input_ids[row], (long long)args->vocabulary);
     }
+    unsigned char *seen = calloc((size_t)tokens, 1);
+    if (!seen) return lk_fail(handle, LK_OUT_OF_MEMORY, "out of host memory");
+    int64_t twice = repeated_row(args, patches, seen);
+    free(seen);
+    if (twice >= 0)
+        return lk_fail(handle, LK_INVALID_ARGUMENT, "row %lld stands twice in image_rows and text_rows", (long long)twice);
     return LK_OK;
 }
 
-static float dot(const float *a, const float *b, int64_t n) {
-    enum { LANES = 16 }; /* sums of their own, which a compiler may keep in vectors without reordering any of them */
-    float sums[LANES] = {0}, total = 0;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) sums[lane] += a[i + lane] * b[i + lane];
-    for (int lane = 0; lane < LANES; lane++) total += sums[lane];
-    for (; i < n; i++) total += a[i] * b[i];
-    return total;
-}
-
-/* The definition, in float32. */
 static lk_status on_cpu(lk_handle *handle, const lk_project_splice_args *args, int64_t patches, int64_t image_stride,
                         int64_t patch_stride) {
-    if (args->dtype != LK_FLOAT32) return lk_fail(handle, LK_UNSUPPORTED, "project_splice on the CPU takes float32");
     lk_status status = check_places(handle, args, patches);
-    if (status) return status;
-    const float *features = args->features, *weight = args->weight, *bias = args->bias, *embedding = args->embedding;
-    float *out = args->out;
-    for (int64_t p = 0; p < patches; p++) {
-        const float *patch = features + p / args->image_patches * image_stride + p % args->image_patches * patch_stride;
-        float *row = out + args->image_rows[p] * args->width;
-        for (int64_t d = 0; d < args->width; d++)
-            row[d] = dot(patch, weight + d * args->channels, args->channels) + (bias ? bias[d] : 0);
-    }
-    for (int64_t i = 0; i < args->texts; i++) {
-        int64_t row = args->text_rows[i];
-        memcpy(out + row * args->width, embedding + args->input_ids[row] * args->width,
-               (size_t)args->width * sizeof(float));
-    }
-    return LK_OK;
+    return status ? status : lk_cpu_project_splice(handle, args, patches, image_stride, patch_stride);
 }
 
 static lk_status on_gpu(lk_handle *handle, const lk_project_splice_args *args, int64_t patches, int64_t image_stride,

@@ -29,8 +29,7 @@ typedef enum lk_status {
     LK_CUDA = 7 /* the driver reported an error: lk_last_error has its words */
 } lk_status;
 
-/* GPUs take LK_BFLOAT16, the CPU LK_FLOAT32 and LK_BFLOAT16 (project_splice LK_FLOAT32 alone); LK_FLOAT8_E4M3 is for
- * key-value caches on GPUs. */
+/* GPUs take LK_BFLOAT16, the CPU LK_FLOAT32 and LK_BFLOAT16; LK_FLOAT8_E4M3 is for key-value caches on GPUs. */
 typedef enum lk_dtype { LK_FLOAT32 = 0, LK_FLOAT16 = 1, LK_BFLOAT16 = 2, LK_FLOAT8_E4M3 = 3 } lk_dtype;
 
 typedef struct lk_handle lk_handle;
@@ -52,7 +51,7 @@ LK_API const char *lk_last_error(const lk_handle *handle);
  * Together image_rows and text_rows must hold every number below patches + texts once; the CPU checks it, a GPU cannot.
  */
 typedef struct lk_project_splice_args {
-    lk_dtype dtype; /* of features, weight, bias, embedding and out; the CPU takes LK_FLOAT32 */
+    lk_dtype dtype; /* of features, weight, bias, embedding and out */
     int64_t images, image_patches; /* patches = images * image_patches */
     int64_t texts;
     int64_t channels, width, vocabulary;

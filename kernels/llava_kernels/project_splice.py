@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llava_kernels import native
 from llava_kernels.build import Build
 from llava_kernels.dispatch import use_triton
 from llava_kernels.linear import linear
@@ -47,7 +48,7 @@ def project_splice(
         ValueError: the sizes do not fit together, or the Triton kernel is to run on a dtype that it does not take.
     """
     _check(features, weight, bias, embedding, input_ids, image_rows, text_rows)
-    if use_triton(features):
+    if use_triton(features) or native.use_native(features, weight, bias, embedding):
         return torch.ops.llava_kernels.project_splice(
             features, weight, bias, embedding, input_ids, image_rows, text_rows
         )
@@ -358,6 +359,9 @@ def _(
     text_rows: Tensor,
 ) -> Tensor:
     return embedding.new_empty(image_rows.shape[0] + text_rows.shape[0], weight.shape[0])
+
+
+native.runs_on_cpu(_project_splice, native.project_splice)
 
 
 @torch.library.custom_op("llava_kernels::project_splice_weight_grad", mutates_args=())

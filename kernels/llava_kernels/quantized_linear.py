@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llava_kernels import native
 from llava_kernels.build import Build, Kind
 from llava_kernels.dispatch import use_triton
 from llava_kernels.tiles import blocks_for, blocks_on
@@ -102,7 +103,7 @@ def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
         RuntimeError: x or the bias requires a gradient: there is no backward pass.
     """
     _check(x, weight, bias)
-    if use_triton(x):
+    if use_triton(x) or _few_on_cpu(x, bias):
         return torch.ops.llava_kernels.linear_int8(x, weight.words, weight.scale, bias)
     return linear_int8_reference(x, weight, bias)
 
@@ -110,7 +111,7 @@ def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
 def linear_int4(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """``x @ dequantize_int4(weight).T + bias``, for inference. Arguments and errors as of :func:`linear_int8`."""
     _check(x, weight, bias)
-    if use_triton(x):
+    if use_triton(x) or _few_on_cpu(x, bias):
         w = weight
         return torch.ops.llava_kernels.linear_int4(x, w.words, w.scale, w.offset, w.channel, w.group_size, bias)
     return linear_int4_reference(x, weight, bias)
@@ -128,6 +129,11 @@ def linear_fp8(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, fp8_act
         words = weight.codes.view(torch.int32)
         return torch.ops.llava_kernels.linear_fp8(x, words, weight.scale, bias, fp8_activations)
     return linear_fp8_reference(x, weight, bias)
+
+
+def _few_on_cpu(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether the C library multiplies: few rows, as on a GPU."""
+    return 0 < x.numel() <= FEW_ROWS * x.shape[-1] and native.use_native(x, bias)
 
 
 def linear_int8_reference(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
@@ -653,6 +659,9 @@ def _(x: Tensor, words: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(words))
 
 
+native.runs_on_cpu(_linear_int8, native.linear_int8)
+
+
 @torch.library.custom_op("llava_kernels::linear_int4", mutates_args=())
 def _linear_int4(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor, channel: Tensor, group_size: int, bias: Tensor | None
@@ -665,6 +674,9 @@ def _(
     x: Tensor, words: Tensor, scale: Tensor, offset: Tensor, channel: Tensor, group_size: int, bias: Tensor | None
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(words))
+
+
+native.runs_on_cpu(_linear_int4, native.linear_int4)
 
 
 @torch.library.custom_op("llava_kernels::linear_fp8", mutates_args=())

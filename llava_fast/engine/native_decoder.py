@@ -55,21 +55,24 @@ class NativeDecoder:
         self._decoder = library.Decoder(handle, args, keep=(model, cache, cos, sin, layers))
 
     @staticmethod
-    def fits(model: Llava) -> bool:
-        """Whether the library is there and takes this model: float32 and bfloat16, plain, int8 and int4."""
+    def misfit(model: Llava) -> str | None:
+        """Why the library does not decode for this model, None where it does: float32 and bfloat16, int8 and int4."""
         text = model.config.text
-        if dispatch.chosen() not in ("auto", "native") or library.load() is None:
-            return False
+        if dispatch.chosen() not in ("auto", "native"):
+            return f"{dispatch.chosen()!r} was asked for"
+        if library.load() is None:
+            return "the C library is not to be had"
+        if model.dtype not in library.DTYPES:
+            return f"the C library has no {str(model.dtype).removeprefix('torch.')}"
         names = ("qkv", "out", "gate_up", "down")
         products = [getattr(layer, name) for layer in model.decoder.layers for name in names] + [model.lm_head]
-        return (
-            model.dtype in library.DTYPES
-            and all(type(m) in (Linear, QuantizedLinear, type(None)) for m in products)  # adapters are neither
-            and all(m.kind in ("int8", "int4") for m in products if isinstance(m, QuantizedLinear))
-            and text.head_dim % 2 == 0
-            and text.head_dim <= 256
-            and text.num_attention_heads <= 32 * text.num_key_value_heads
-        )
+        if not all(type(m) in (Linear, QuantizedLinear, type(None)) for m in products):
+            return "the C library adds no adapters"
+        if not all(m.kind in ("int8", "int4") for m in products if isinstance(m, QuantizedLinear)):
+            return "the C library has no fp8"
+        if text.head_dim % 2 or text.head_dim > 256 or text.num_attention_heads > 32 * text.num_key_value_heads:
+            return f"the C library has no heads of {text.head_dim}, {text.num_attention_heads} of them"
+        return None
 
     def __call__(self, x: Tensor, inputs: StepInputs) -> Tensor:
         """x: (T, D) embeddings -> (T, D) float32 before the final norm."""

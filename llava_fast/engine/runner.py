@@ -27,7 +27,6 @@ from llava_fast.engine.scheduler import Chunk
 from llava_fast.engine.sequence import Sequence
 from llava_fast.engine.transfer import download, upload
 from llava_fast.model import Llava
-from llava_kernels import library
 from llava_kernels.dispatch import use_triton
 from llava_kernels.linear import multiplies_in_software
 
@@ -259,14 +258,15 @@ class Runner:
             torch.cuda.empty_cache()  # back to the device, for whoever else is on it
 
 
-def _uses_library(model: Llava, config: EngineConfig) -> bool:
-    return model.device.type == "cpu" and config.kv_cache_dtype != "fp8" and NativeDecoder.fits(model)
+def _misfit(model: Llava, config: EngineConfig) -> str | None:
+    """Why this model on a CPU is not decoded by the C library, None where it is."""
+    return "the C library has no fp8 cache" if config.kv_cache_dtype == "fp8" else NativeDecoder.misfit(model)
 
 
 def _cache_dtype(model: Llava, config: EngineConfig) -> torch.dtype:
     """The model's own; float32 where torch multiplies 16-bit floats in software: twice the bytes, several times the
     speed."""
-    in_torch = not _uses_library(model, config) and HostDecoder.fits(model)
+    in_torch = model.device.type == "cpu" and _misfit(model, config) is not None and HostDecoder.fits(model)
     return torch.float32 if in_torch and multiplies_in_software(model.decoder.embed_tokens) else model.dtype
 
 
@@ -276,9 +276,10 @@ def _host_decoder(
     """What runs the decoder on a CPU: the C library, torch in one flat function, or (None) the model's own modules."""
     if model.device.type != "cpu":
         return None
-    if _uses_library(model, config):
+    why_not = _misfit(model, config)
+    if why_not is None:
         decoder = NativeDecoder(model, cache, max_length)
         log.info("decoding through the C library (%s, %d threads)", decoder.instructions, decoder.threads)
         return decoder
-    log.info("decoding with torch: %s", "the C library does not take this model" if library.load() else "no C library")
+    log.info("decoding with torch: %s", why_not)
     return HostDecoder(model, cache, max_length) if cache.memory.dtype is not FP8 and HostDecoder.fits(model) else None

@@ -74,6 +74,7 @@ static void make(Matrix &m, lk_weight_format format, int64_t out, int64_t in, in
     m.weight.format = format, m.weight.out_features = out, m.weight.in_features = in;
     if (format == LK_WEIGHT_FLOAT32) {
         m.values = normal(out * in);
+        for (float &value : m.values) value /= std::sqrt((float)in); // sizes as in a network: softmax has no cliffs
         m.weight.data = m.values.data();
     } else if (format == LK_WEIGHT_BFLOAT16) {
         for (float value : normal(out * in)) m.halves.push_back(half(value)), m.values.push_back(whole(m.halves.back()));

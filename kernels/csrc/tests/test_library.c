@@ -56,7 +56,7 @@ static void arguments(void) {
 #define REJECTED(change, status, words)                                                                            \
     args = splice(), args.change, CHECK(lk_project_splice(cpu, &args, NULL) == status && says(cpu, words))
     REJECTED(dtype = 9, LK_INVALID_ARGUMENT, "dtype 9");
-    REJECTED(dtype = LK_BFLOAT16, LK_UNSUPPORTED, "float32");
+    REJECTED(dtype = LK_FLOAT16, LK_UNSUPPORTED, "takes float32 and bfloat16");
     REJECTED(images = -1, LK_INVALID_ARGUMENT, "images is -1");
     REJECTED(texts = 1ll << 40, LK_INVALID_ARGUMENT, "texts is 1099511627776");
     REJECTED(width = 0, LK_INVALID_ARGUMENT, "width is 0");
@@ -67,6 +67,8 @@ static void arguments(void) {
     REJECTED(vocabulary = 3, LK_INVALID_ARGUMENT, "input_ids[3] is 3");
     images[1] = 4;
     REJECTED(dtype = LK_FLOAT32, LK_INVALID_ARGUMENT, "image_rows[1] is 4");
+    images[1] = 2;
+    REJECTED(dtype = LK_FLOAT32, LK_INVALID_ARGUMENT, "row 2 stands twice");
     images[1] = 1, texts[0] = -1;
     REJECTED(dtype = LK_FLOAT32, LK_INVALID_ARGUMENT, "text_rows[0] is -1");
     texts[0] = 2;

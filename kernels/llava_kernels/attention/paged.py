@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llava_kernels import native
 from llava_kernels.attention.triton_varlen import LOG2E, dense_heads, on, padded
 from llava_kernels.build import Build, Kind
 from llava_kernels.dispatch import use_triton
@@ -60,7 +61,7 @@ def paged_attention(
         ValueError: dtypes or shapes do not fit together.
     """
     _check(q, k_cache, v_cache, block_table, context_lens, query_start)
-    if use_triton(q):
+    if use_triton(q) or native.use_native(q, k_cache, v_cache):
         return torch.ops.llava_kernels.paged_attention(
             q,
             k_cache,
@@ -362,6 +363,28 @@ def _(
     splits: int | None,
 ) -> Tensor:
     return q.new_empty(q.shape)
+
+
+def _on_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_start: Tensor,
+    max_query: int,
+    max_context: int,
+    k_scale: float,
+    v_scale: float,
+    splits: int | None,
+) -> Tensor:
+    known = q.dtype == k_cache.dtype in (torch.float32, torch.bfloat16) and native.available()
+    if known and native.takes_attention(q, k_cache, v_cache, context_lens, query_start):
+        return native.paged_attention(q, k_cache, v_cache, block_table, context_lens, query_start, max_query)
+    return paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, query_start, k_scale, v_scale)
+
+
+native.runs_on_cpu(_paged_attention, _on_cpu)
 
 
 def builds(arch: int) -> list[Build]:
