@@ -10,9 +10,8 @@ attention, gradients clipped, fused AdamW. Each of our savings can be switched o
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,30 +129,24 @@ class Ours:
 
 
 class Transformers:
-    """transformers' LLaVA from the folder of a checkpoint; one padded batch after the other, then one update.
+    """transformers' step: one padded batch after the other, then one update at a rate of zero, in the weights' dtype.
 
     Args:
-        folder: holds the weights in transformers' format.
+        model: its LLaVA, in the dtype to compute in.
         stage, bins: as for :class:`Ours`.
-        device, dtype: to compute in.
-        make_optimizer: from a list of parameters; default torch's fused AdamW, in the parameters' own dtype.
+        device: to compute on.
         checkpointing: whole layers are computed anew in the backward pass.
     """
 
     def __init__(
         self,
-        folder: Path,
+        model: Any,
         stage: int,
         bins: list[list[Sample]],
         device: torch.device,
-        dtype: torch.dtype,
-        make_optimizer=None,
         checkpointing: bool = False,
     ) -> None:
-        from transformers import LlavaForConditionalGeneration
-
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-        self.model.to(device).train()
+        self.model = model.to(device).train()
         self.model.requires_grad_(False)
         self.model.model.multi_modal_projector.requires_grad_(True)
         if stage == 2:
@@ -164,7 +157,7 @@ class Transformers:
         self.inputs = [{k: v.to(device) for k, v in padded(samples).items()} for samples in bins]
         self.supervised = sum(int((s.labels != IGNORE).sum()) for samples in bins for s in samples)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.params) if make_optimizer else adamw(self.params)
+        self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, fused=True)
 
     def step(self) -> Tensor:
         total = torch.zeros((), device=self.model.device)
@@ -179,12 +172,6 @@ class Transformers:
         return total
 
 
-def adamw(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=0.0, weight_decay=0.0, fused=True)
-
-
 def with_image_token(config: lf.ModelConfig) -> lf.ModelConfig:
-    """The last id of the vocabulary stands for images where the config has none."""
-    if config.image_token_id >= 0:
-        return config
-    return dataclasses.replace(config, image_token_id=config.text.vocab_size - 1)
+    """``config`` with the last id of the vocabulary at images: no random text holds it."""
+    return config.replace(image_token_id=config.text.vocab_size - 1)
