@@ -64,7 +64,7 @@ OPTIMIZERS = {"adamw": 0, "adamw-8bit": 6}  # by how many bytes a parameter each
 THEIR_LADDER = [(16, False), (8, False), (16, True), (4, False), (8, True)]  # (samples of a batch, checkpointing)
 MOST_STEPS = 400  # of a timed loop
 WARM_UP = 3  # steps that compile, allocate and are not timed
-PICTURES = 64  # JPEG files; samples share them
+PICTURES = 16  # JPEG files; samples share them
 TOKENIZER = Path(lf.__file__).parent / "train" / "tiny" / "decoder"  # not used: tokens are random
 
 
@@ -416,21 +416,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="that each loop is timed for (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="samples of an optimizer step (default %(default)s)")
     parser.add_argument("--loss-steps", type=int, default=200, help="of FP8 beside bf16 (default %(default)s)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no part is begun")
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.loss_steps < 1:
         parser.error("--batch-size and --loss-steps must be at least 1")
     if unknown := set(args.parts.split(",")) - set(PARTS):
         parser.error(f"--parts: {', '.join(sorted(unknown))} unknown; choose of {', '.join(PARTS)}")
-    device = torch.device(args.device)
+    began, device = time.perf_counter(), torch.device(args.device)
     if args.size != "tiny" and device.type != "cuda":
         parser.error(f"--size {args.size} needs a GPU; --size tiny runs on a CPU")
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(args.size, device, Path(folder), args.seconds, args.batch_size, args.loss_steps)
-        return run(setting, args.parts.split(","), args.out / "train_7b.json", args.size)
+        return run(setting, args.parts.split(","), args.out / "train_7b.json", args.size, began + args.budget)
 
 
-def run(setting: Setting, parts: list[str], path: Path, size: str) -> int:
+def run(setting: Setting, parts: list[str], path: Path, size: str, ends: float) -> int:
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "stage1": lambda: ours(setting, 1),
         "stage1_fp8": lambda: stage1_fp8(setting),
@@ -450,7 +451,8 @@ def run(setting: Setting, parts: list[str], path: Path, size: str) -> int:
     for name in parts:
         setting.free()
         try:
-            results[name] = work[name]()
+            in_time = time.perf_counter() < ends
+            results[name] = work[name]() if in_time else {"skipped": "no time left (--budget)"}
         except KeyboardInterrupt:
             write_json(path, results)
             print(f"stopped in {name}; the parts before it are in {path}", file=sys.stderr)
