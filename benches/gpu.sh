@@ -2,6 +2,8 @@
 # Everything that only a GPU can show, in under ten minutes: the kernels' tests compiled, then every benchmark.
 #   benches/gpu.sh                        results in gpu-results/
 #   OUT=DIR WHEELS=DIR benches/gpu.sh     results in DIR; what Python lacks is installed from the wheels, offline
+# Its time is shared out: tests, the two programs at 7B, the benchmarks. ONLY="train engine" runs these parts alone
+# (tests, train, engine, benches, library) and gives them all of it.
 # No step stops those after it. Stopped half-way, it leaves the results of the steps that ended. PYTHON names another
 # interpreter than python3, SECONDS_IN_ALL another bound than 570.
 set -uo pipefail
@@ -18,6 +20,9 @@ child=
 failed=0
 trap 'rm -rf "$parts"' EXIT
 trap 'trap "" INT TERM; [ -z "$child" ] || kill "$child" 2>/dev/null; echo "stopped" >>"$out/summary.txt"; exit 130' INT TERM
+
+# wanted PART: whether it is to be run.
+wanted() { [[ " ${ONLY:-tests train engine benches library} " == *" $1 "* ]]; }
 
 # step NAME SECONDS LOG COMMAND...: at most so long, its output appended to the log, a line in the summary.
 step() {
@@ -58,7 +63,8 @@ if runs:
 PYTHON
 }
 
-rm -f "$out"/{summary.txt,versions.json,install.log,tests.log,benches.log,benches.json,engine_7b.json,engine.log,library.log}
+rm -f "$out"/{summary.txt,versions.json,benches.json,engine_7b.json,train_7b.json} \
+    "$out"/{install,tests,benches,engine,train,library}.log
 if [ -n "${WHEELS:-}" ]; then
     step "wheels of $WHEELS" 120 install.log "$python" -m pip install -q --no-index --no-deps --no-compile \
         --target "$parts/site" "$WHEELS"/*.whl
@@ -99,20 +105,35 @@ PYTHON
 # Several at once where pytest-xdist is: most of a test's time is compiling.
 workers=$("$python" -c "import xdist, os; print('-n', min(8, os.cpu_count()))" 2>/dev/null)
 all=$ends
-ends=$((SECONDS + (all - SECONDS) / 2)) # half of the time is the benchmarks'
-for file in tests/kernels/test_*.py tests/engine/test_graphs.py; do
-    [ "$file" != tests/kernels/test_compiled.py ] || continue # needs no GPU
-    # shellcheck disable=SC2086
-    step "$file" 120 tests.log "$python" -m pytest -p no:cacheprovider $workers "$file"
-done
-ends=$all
-step "engine at the shapes of LLaVA-7B" 240 engine.log "$python" -m benches.engine_7b --json "$out/engine_7b.json"
-for file in benches/bench_*.py; do
-    step "$file" 90 benches.log "$python" -m pytest -p no:cacheprovider --benchmark-only \
-        --benchmark-json="$parts/$(basename "$file" .py).json" "$file"
-    gather
-done
-if command -v cmake >/dev/null; then
+left=$((all - SECONDS))
+if wanted tests; then
+    [ -n "${ONLY:-}" ] || ends=$((SECONDS + left * 2 / 5))
+    step "no wait for the device in a training step" 60 tests.log "$python" -m pytest -p no:cacheprovider \
+        tests/train/test_step.py -k "no_wait_for_a_gpu"
+    for file in tests/kernels/test_*.py tests/engine/test_graphs.py; do
+        [ "$file" != tests/kernels/test_compiled.py ] || continue # needs no GPU
+        # shellcheck disable=SC2086
+        step "$file" 120 tests.log "$python" -m pytest -p no:cacheprovider $workers "$file"
+    done
+    ends=$all
+fi
+if wanted train; then
+    limit=$((left / 4))
+    [ -z "${ONLY:-}" ] || limit=$left
+    step "training at the shapes of LLaVA-7B" "$limit" train.log \
+        "$python" -m benches.train_7b --out "$out" --budget "$limit"
+fi
+if wanted engine; then
+    step "engine at the shapes of LLaVA-7B" 150 engine.log "$python" -m benches.engine_7b --json "$out/engine_7b.json"
+fi
+if wanted benches; then
+    for file in benches/bench_*.py; do
+        step "$file" 90 benches.log "$python" -m pytest -p no:cacheprovider --benchmark-only \
+            --benchmark-json="$parts/$(basename "$file" .py).json" "$file"
+        gather
+    done
+fi
+if wanted library && command -v cmake >/dev/null; then
     step "C library" 200 library.log bash -c "cmake -S . -B '$parts/build' -DPython3_EXECUTABLE=\$(command -v '$python') &&
         cmake --build '$parts/build' && ctest --test-dir '$parts/build' --output-on-failure &&
         '$parts/build/kernels/llava_kernels_example'"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import math
 import signal
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,7 +115,7 @@ def measure_sizes(
     bar = tqdm(total=len(mine), desc="tokenizing", unit="sample", leave=False, delay=2, disable=rank != 0)
     sizes: list[tuple[int, int, int]] = []
     bad: list[Bad] = []
-    for rows in loader:
+    for rows in _started(loader):
         sizes += [size for size, _ in rows]
         bad += [fault for _, fault in rows if fault]
         bar.update(len(rows))
@@ -233,7 +237,7 @@ def load_steps(
         generator=torch.Generator(),  # of its own, so that loading draws nothing from the global one
         pin_memory=pin_memory,
     )
-    stream = iter(loader)
+    stream = _started(loader)
     for size in sizes:
         loaded = [next(stream) for _ in range(size)]
         batches = [batch for batch, _ in loaded if batch is not None and batch.num_supervised]
@@ -243,6 +247,27 @@ def load_steps(
 def fingerprint(lengths: np.ndarray) -> str:
     """A short hash that tells whether two runs read the same data."""
     return hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
+
+
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+def _started(loader: DataLoader) -> Iterator[Any]:
+    """The loader's iterator, whose workers end with this process even after an error that nobody caught.
+
+    Such an error keeps the iterator alive, and multiprocessing would wait for workers that ignore its SIGTERM.
+    """
+    before = set(active_children())
+    stream = iter(loader)
+    _workers.update(set(active_children()) - before)
+    return stream
+
+
+@atexit.register  # runs before multiprocessing's own, which was registered when it was imported
+def _end_workers() -> None:
+    for process in active_children():
+        if process in _workers:
+            process.kill()
 
 
 def _leave_interrupts_to_parent(worker: int) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import llava_fast as lf
+from llava_fast.data import loader
 from llava_fast.data.loader import EncodeOptions, fingerprint, load_steps, measure, plan_run
 from llava_fast.data.scenes import Scenes
 from llava_fast.errors import LlavaError
@@ -14,8 +21,15 @@ from llava_fast.processor import Processor, Tokenizer
 from llava_fast.train.demo import PARTS
 
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
 @pytest.fixture(scope="module")
 def processor():
+    return make_processor()
+
+
+def make_processor():
     return Processor.from_config(lf.ModelConfig.preset("tiny"), Tokenizer.load(PARTS / "decoder"))
 
 
@@ -103,3 +117,86 @@ def test_a_broken_image_costs_its_sample_and_not_its_bin(processor, tmp_path):
     ((batches, bad),) = load_steps(samples, processor, plan, EncodeOptions())
     assert len(batches[0].sample_ids) == 3
     assert [(sample_id, "broken.jpg" in why) for sample_id, why in bad] == [(samples[2]["id"], True)]
+
+
+FAILING = """
+import sys
+import numpy as np
+from llava_fast.data.loader import EncodeOptions, load_steps, plan_run
+from llava_fast.data.scenes import Scenes
+from tests.data.test_loader import make_processor
+scenes = Scenes(40, 0)
+plan = plan_run(np.full(40, 100), batch_size=4, max_tokens=512, epochs=1, seed=0)
+for batches, bad in load_steps(scenes, make_processor(), plan, EncodeOptions(), workers=2):
+    raise RuntimeError("a step failed")
+"""
+
+
+def test_an_error_that_nobody_catches_ends_the_workers_too():
+    """Uncaught, it keeps the loader alive, and its workers ignore the SIGTERM that multiprocessing sends them."""
+    done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("RuntimeError: a step failed")
+
+
+class Slow:
+    """Samples of which every fifth takes long, and a record of which process made which."""
+
+    def __init__(self, folder):
+        self.scenes, self.folder = Scenes(40, 0), folder
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def __getitem__(self, index):
+        if index % 5 == 0:
+            time.sleep(0.02)
+        (self.folder / f"{index}-{os.getpid()}").touch()
+        return self.scenes[index]
+
+
+def test_workers_read_ahead_and_the_order_is_the_plan_s(processor, tmp_path):
+    """Later steps are made, in other processes, while the first is used; they come in the plan's order all the same."""
+    scenes, options = Scenes(40, 0), EncodeOptions()
+    lengths, _ = measure(scenes, processor, options)
+    plan = plan_run(lengths, batch_size=4, max_tokens=512, epochs=1, seed=0)
+    stream = load_steps(Slow(tmp_path), processor, plan, options, workers=2)
+    got = [next(stream)]
+    first = {int(i) for _, indices in plan.steps[0] for i in indices}
+    for _ in range(500):  # nobody asks for more; it is made ahead
+        made = [tuple(map(int, p.name.split("-"))) for p in tmp_path.iterdir()]
+        if len({i for i, _ in made} - first) >= 8 and len({pid for _, pid in made}) == 2:
+            break
+        time.sleep(0.02)
+    else:
+        raise AssertionError(f"nothing was read ahead: {made}")
+    assert os.getpid() not in {pid for _, pid in made}
+    got += stream
+    ids = [[i for batch in batches for i in batch.sample_ids] for batches, _ in got]
+    assert ids == [[scenes[int(i)]["id"] for _, b in bins for i in b] for bins in plan.steps]
+
+
+def test_batches_are_pinned_and_copied_without_waiting(processor, monkeypatch):
+    """What a GPU gets: every tensor from page-locked memory, every copy non-blocking. The calls are watched."""
+    batch = processor.pack([Scenes(4, 0)[0]])
+    tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    pinned, copied = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+        patch.setattr(torch.Tensor, "to", lambda self, *a, **kw: copied.append(kw) or self)
+        batch.pin_memory().to("cuda", torch.bfloat16)
+    assert len(pinned) == len(copied) == len(tensors) == 8
+    assert all(kw == {"non_blocking": True} for kw in copied)
+    asked = []
+
+    class Loader:
+        def __init__(self, dataset, **kw):
+            asked.append(kw)
+
+        def __iter__(self):
+            return iter(())
+
+    monkeypatch.setattr(loader, "DataLoader", Loader)
+    plan = loader.Plan([], 512, 1.0)
+    list(load_steps(Scenes(4, 0), processor, plan, EncodeOptions(), workers=3, pin_memory=True))
+    assert asked[0]["pin_memory"] is True and asked[0]["num_workers"] == 3 and asked[0]["prefetch_factor"] >= 2
