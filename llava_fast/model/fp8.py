@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,11 +98,9 @@ def train_decoder(model: Llava, *, emulate: bool = False) -> None:
     Raises:
         ConfigError: torchao is not installed.
     """
-    import dataclasses
-
     float8 = _torchao_float8()
     config = float8.Float8LinearConfig.from_recipe_name("rowwise")
-    config = dataclasses.replace(config, pad_inner_dim=True, emulate=emulate)
+    config = replace(config, pad_inner_dim=True, emulate=emulate)
 
     def products(module: Linear, name: str) -> bool:
         return name.split(".")[-1] in projections(model.config.text)

@@ -21,9 +21,14 @@ from llava_fast.batch import PackedBatch
 from llava_fast.config import IGNORE, ModelConfig
 from llava_fast.model import Llava
 from llava_fast.model.decoder import Attend, turned
+from llava_fast.model.lora import LoraConfig, attach, lora_of
+from llava_fast.model.nf4 import Nf4Linear
 from llava_fast.train.stages import freeze
 from llava_kernels import implementation
 from llava_kernels.attention.triton_varlen import TRITON
+
+# Bytes of AdamW's moments for a parameter on the device; in 8 bits, with a float32 scale for 256 values of each.
+MOMENTS = {"adamw": 8.0, "adamw-8bit": 2 * (1 + 4 / 256), "adamw-offload": 0.0}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Estimate:
         gradients: float32 sums of what is trained.
         gathered: at most, of layers that are gathered from all ranks for the moment.
         step: activations and all else that a forward and backward pass over the fullest bin takes at its peak.
+        host: of the host's memory, for each device: what the optimizer keeps there. Not in the total.
     """
 
     weights: int
@@ -45,15 +51,17 @@ class Estimate:
     gradients: int
     gathered: int
     step: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(dataclasses.astuple(self)) - self.host
 
     def __str__(self) -> str:
-        parts = {k: v for k, v in dataclasses.asdict(self).items() if v}
+        parts = {k: v for k, v in dataclasses.asdict(self).items() if v and k != "host"}
         told = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        return f"memory on each device, estimated: {self.total / 1e9:.2f} GB ({told})"
+        host = f"; and {self.host / 1e9:.2f} GB of the host's memory for each" if self.host else ""
+        return f"memory on each device, estimated: {self.total / 1e9:.2f} GB ({told}){host}"
 
 
 def estimate(
@@ -66,6 +74,7 @@ def estimate(
     images: int,
     shards: int = 0,
     shard_frozen: bool = False,
+    optimizer: str = "adamw",
 ) -> Estimate:
     """What training ``model``, frozen as the stage has it and not yet shared out, takes on each device.
 
@@ -76,6 +85,7 @@ def estimate(
         tokens, supervised, images: of the fullest bin.
         shards: ranks that share one copy of the weights; 0 in one process without torchrun.
         shard_frozen: whether a frozen decoder is shared out.
+        optimizer: as the recipe has it.
     """
     own = max(1, shards)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -90,11 +100,13 @@ def estimate(
     masters = trained * 4 // own
     if not shards:  # the masters stand beside the weights, unless these are float32
         weights += trained * size
-        masters = 0 if size == 4 else masters
+        masters = 0 if size == 4 or optimizer == "adamw-offload" else masters
+    packed = sum(b.nbytes for b in model.buffers())  # what lies there in float8
+    packed += sum(m.nbytes for m in model.modules() if isinstance(m, Nf4Linear))
     return Estimate(
-        weights=weights,
+        weights=weights + packed,
         masters=masters,
-        moments=trained * 8 // own,
+        moments=int(trained * MOMENTS[optimizer]) // own,
         gradients=trained * 4 // own,
         gathered=(2 * layer + root) * size + (layer + root) * 4 * (stage == 2) if sharded_layers else 0,
         step=peak_of_step(
@@ -105,7 +117,9 @@ def estimate(
             tokens=tokens,
             supervised=supervised,
             images=images,
+            adapters=lora_of(model),
         ),
+        host=trained * 16 // own if optimizer == "adamw-offload" else 0,  # masters, moments, gradients
     )
 
 
@@ -118,12 +132,15 @@ def peak_of_step(
     tokens: int,
     supervised: int,
     images: int,
+    adapters: LoraConfig | None = None,
 ) -> int:
     """Bytes beyond weights and their gradients, of a pass over one bin at its peak, with the Triton kernels."""
 
     def trial(layers: int) -> int:
         short = config.replace(text=dataclasses.replace(config.text, num_hidden_layers=layers))
         model = Llava(short, dtype=dtype, device="meta", seed=None)
+        if adapters:
+            attach(model, adapters)
         freeze(model, stage)
         model.decoder.checkpoint_activations = checkpointing
         for param in model.parameters():  # gradients go at once into sums that are counted apart
