@@ -16,7 +16,7 @@ import torch
 from llava_fast.config import ModelConfig
 from llava_fast.model import Llava
 from llava_fast.train.flops import PEAK, sample_flops
-from llava_fast.train.memory import Estimate, estimate
+from llava_fast.train.memory import Estimate, build_parser, of_preset
 from llava_fast.train.stages import freeze
 
 ASSUMED = {
@@ -92,20 +92,8 @@ def step(name: str, stage: int, gpus: int, a_gpu: int) -> Step:
 
 @cache
 def memory(name: str, stage: int, checkpointing: str) -> Estimate:
-    data = DATA[stage]
-    tokens = 8192
-    model = Llava(ModelConfig.preset(name), device="meta", dtype=torch.bfloat16, seed=None)
-    freeze(model, stage)
-    model.decoder.checkpoint_activations = checkpointing
-    return estimate(
-        model,
-        stage=stage,
-        dtype=torch.bfloat16,
-        tokens=tokens,
-        supervised=tokens * data.supervised // data.tokens,
-        images=round(tokens * data.images / data.tokens),
-        shards=NODE,
-    )
+    options = f"--preset {name} --stage {stage} --devices {NODE} --activation-checkpointing {checkpointing}"
+    return of_preset(build_parser().parse_args(options.split()))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -124,13 +112,10 @@ def times(stage: int, counts: list[tuple[int, int]]) -> str:
             rows.append(
                 [name.split("-")[-1], f"{gpus}", f"{s.batch:,}", f"{s.flops / 1e12:.0f}"]
                 + [f"{n:,.0f}" for n in numbers]
-                + [f"{s.flops / s.total / 1e9 / ASSUMED_PEAK:.0%}", f"{per_second:,.0f}"]
+                + [f"{s.flops / s.total / 1e9 / (PEAK['H100'] / 1e12):.0%}", f"{per_second:,.0f}"]
                 + [f"{DATA[stage].samples / per_second / 60:,.0f}"]
             )
     return table([*head, "MFU", "samples/s", "epoch, min"], rows)
-
-
-ASSUMED_PEAK = PEAK["H100"] / 1e12
 
 
 def memories() -> str:

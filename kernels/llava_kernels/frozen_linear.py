@@ -118,7 +118,7 @@ def _round_rows_kernel(
     HAS_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program holds one row in registers: read once, written once. Nothing is clamped: no quotient rounds past 448."""
+    """A program holds one row in registers: read once, written once. No quotient rounds past 448."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     inside = k < K
@@ -179,9 +179,9 @@ def builds(arch: int) -> list[Build]:
     """Rows of LLaVA 7B and 13B: inputs, and gradients with their columns multiplied. A100s have no float8."""
     if arch < 90:
         return []
-    return [
-        _build(f"round_rows_bf16_{width}", width, columns=False) for width in (4096, 5120, 11008, 13824)
-    ] + [_build(f"round_columns_bf16_{width}", width, columns=True) for width in (4096, 12288, 22016, 27648)]
+    return [_build(f"round_rows_bf16_{width}", width, columns=False) for width in (4096, 5120, 11008, 13824)] + [
+        _build(f"round_columns_bf16_{width}", width, columns=True) for width in (4096, 12288, 22016, 27648)
+    ]
 
 
 def _build(name: str, width: int, columns: bool) -> Build:

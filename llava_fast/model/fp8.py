@@ -55,7 +55,9 @@ def check_frozen(device: torch.device, dtype: torch.dtype) -> None:
 def check_trained(device: torch.device, dtype: torch.dtype) -> None:
     """Raise a ConfigError, in one line, where a trained decoder's products cannot run in float8."""
     if device.type != "cuda":
-        raise ConfigError(f"--fp8 needs a CUDA device with float8 products, and this run is on {device.type}; leave it out")
+        raise ConfigError(
+            f"--fp8 needs a CUDA device with float8 products, and this run is on {device.type}; leave it out"
+        )
     _check_card(device, dtype, "--fp8")
     _torchao_float8()
 
@@ -87,7 +89,7 @@ def freeze_decoder(model: Llava) -> None:
 
 
 def train_decoder(model: Llava, *, emulate: bool = False) -> None:
-    """Turn the products of the decoder's layers into torchao's ``Float8Linear``, in place; parameters stay what they are.
+    """Turn the products of the decoder's layers into torchao's ``Float8Linear``, in place, with the same parameters.
 
     Inputs, weights and gradients are rounded to e4m3 with a scale a row for each of the three products of a step. The
     number of tokens, over which the weight's gradient sums, is padded to a multiple of 16.

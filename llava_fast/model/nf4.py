@@ -42,7 +42,7 @@ class Nf4Linear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Of the codes and their scales: 4.127 bits a weight, as the paper counts double quantization in 64s and 256s."""
+        """Of the codes and their scales: 4.127 bits a weight, by double quantization in 64s and 256s."""
         return int(self.out_features * self.in_features * (4 + 8 / 64 + 32 / (64 * 256)) / 8)
 
     def matrix(self) -> Tensor:

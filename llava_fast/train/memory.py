@@ -1,4 +1,6 @@
-"""How much device memory a run will take, worked out before it starts: no device is needed.
+"""How much device memory a run will take, worked out before it starts: no device is needed, and no weights are.
+
+    python -m llava_fast.train.memory --preset llava-1.5-7b --stage 2 --devices 8 --activation-checkpointing full
 
 What a step takes beyond weights and optimizer is not a formula but a trial: the model's own forward and backward pass
 on tensors that have shapes and no contents, with every storage counted from its making to its end. Two trials, with two
@@ -7,7 +9,9 @@ layers and with four, give the share of a layer; the rest is a straight line.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from llava_fast.batch import PackedBatch
-from llava_fast.config import IGNORE, ModelConfig
+from llava_fast.config import IGNORE, PRESETS, ModelConfig
+from llava_fast.errors import ConfigError
 from llava_fast.model import Llava
 from llava_fast.model.decoder import Attend, turned
 from llava_fast.model.lora import LoraConfig, attach, lora_of
 from llava_fast.model.nf4 import Nf4Linear
+from llava_fast.train.recipe import Recipe
 from llava_fast.train.stages import freeze
 from llava_kernels import implementation
 from llava_kernels.attention.triton_varlen import TRITON
@@ -223,3 +229,68 @@ class Live(TorchDispatchMode):
     def forget(self, key: int, size: int) -> None:
         self.seen.discard(key)
         self.now -= size
+
+
+# ---- the command
+
+MIXTURE = {1: (600, 24), 2: (800, 150)}  # tokens and supervised tokens for each picture: LLaVA-1.5's, about
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_fast.train.memory",
+        description="Estimate the memory that a training run takes of each device, in bfloat16.",
+    )
+    choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(Recipe)}
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="llava-1.5-7b", help="default %(default)s")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="default %(default)s")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="that share one copy of the weights (default %(default)s)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=8192, help="of a bin (default %(default)s)")
+    for name in ("activation_checkpointing", "optimizer"):
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, choices=choices[name], default=choices[name][0], help="default %(default)s")
+    parser.add_argument("--shard-frozen", action="store_true", help="share the frozen decoder of stage 1 out")
+    parser.add_argument("--lora-rank", type=int, default=0, help="of adapters in stage 2 (default %(default)s: none)")
+    return parser
+
+
+def of_preset(args: argparse.Namespace) -> Estimate:
+    """The estimate of the command's arguments; bins hold text and pictures as LLaVA-1.5's data does on average.
+
+    Raises:
+        ConfigError: a number that cannot be.
+    """
+    if args.devices < 1 or args.max_tokens < 1:
+        raise ConfigError(f"--devices {args.devices} and --max-tokens {args.max_tokens} must be at least 1")
+    model = Llava(ModelConfig.preset(args.preset), device="meta", dtype=torch.bfloat16, seed=None)
+    if args.lora_rank:
+        attach(model, Recipe(stage=args.stage, lora_rank=args.lora_rank).lora())
+    freeze(model, args.stage)
+    model.decoder.checkpoint_activations = args.activation_checkpointing
+    for_a_picture, supervised = MIXTURE[args.stage]
+    return estimate(
+        model,
+        stage=args.stage,
+        dtype=torch.bfloat16,
+        tokens=args.max_tokens,
+        supervised=args.max_tokens * supervised // for_a_picture,
+        images=round(args.max_tokens / for_a_picture),
+        shards=args.devices if args.devices > 1 else 0,
+        shard_frozen=args.shard_frozen,
+        optimizer=args.optimizer,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        print(of_preset(build_parser().parse_args(argv)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -102,7 +102,9 @@ class Recipe:
         if self.fp8_frozen and (self.stage != 1 or self.shard_frozen):
             cause = "is of stage 1, whose decoder is frozen; stage 2 has --fp8"
             if self.stage == 1:
-                cause = "keeps the decoder whole on each device, and --shard-frozen would share it out; give one of them"
+                cause = (
+                    "keeps the decoder whole on each device, and --shard-frozen would share it out; give one of them"
+                )
             raise ConfigError(f"--fp8-frozen {cause}")
         if self.fp8 and (self.stage != 2 or self.lora_rank):
             raise ConfigError("--fp8 trains the whole decoder in stage 2; stage 1 has --fp8-frozen, LoRA has neither")

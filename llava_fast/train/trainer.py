@@ -155,7 +155,9 @@ class Trainer:
             lambda: cached_processor(self.processor, self.model, self.samples, folder, dtype).image
         )
         if self.world.any(isinstance(image, CachedFeatures) and not image.features.exists()):
-            raise ConfigError(f"--feature-cache {folder} is not on a file system that all nodes share; choose one that is")
+            raise ConfigError(
+                f"--feature-cache {folder} is not on a file system that all nodes share; choose one that is"
+            )
         changed = copy(self.processor)
         changed.image = image
         return changed

@@ -90,7 +90,7 @@ def test_checkpointing_and_text_alone(trainer, small):
     """The same losses with selective checkpointing; a bin of nothing has no gradient and no error."""
     found = []
     for kind in ("none", "selective", "full"):
-        model, processor = small
+        model, _ = small
         run = trainer(out=kind, activation_checkpointing=kind, fp8_frozen=True)
         if kind == "none":
             fp8.freeze_decoder(model)
