@@ -122,6 +122,8 @@ class Trainer:
         self.loading = self.cached() if self.recipe.feature_cache else self.processor  # what makes the batches
         if self.world.sharded:
             self.join(sizes)
+        folder, keep = self.out / "checkpoints", self.recipe.keep
+        self.writer = ShardWriter(folder, keep, self.world) if self.world.sharded else checkpoints.Writer(folder, keep)
         if self.recipe.compile:
             self.model.decoder.compile_layers()
         self.optimizer = MasterAdamW(
@@ -215,7 +217,6 @@ class Trainer:
             train_decoder=self.recipe.stage == 2,
             shard_frozen=self.recipe.shard_frozen,
         )
-        self.writer = ShardWriter(self.out / "checkpoints", self.recipe.keep, self.world)
 
     def claim_folder(self, data: str) -> None:
         """Remember what run this folder is of; refuse to go on with a different one."""
@@ -231,7 +232,8 @@ class Trainer:
             write_json(path, mine)
             return
         theirs = json.loads(path.read_text())
-        theirs["recipe"] = {k: v for k, v in theirs["recipe"].items() if k not in free}
+        known = {f.name: f.default for f in dataclasses.fields(Recipe)}  # what options newer than the run stand at
+        theirs["recipe"] = {k: v for k, v in {**known, **theirs["recipe"]}.items() if k not in free}
         if theirs != mine:
             old, new = flat(theirs), flat(mine)
             changed = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new if old.get(k) != new[k]]
@@ -475,25 +477,21 @@ class Trainer:
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        state = {
+        state: dict[str, Any] = {
             "seconds": self.seconds,
             "tokens": self.tokens,
             "supervised": self.supervised,
-            "skipped": self.skipped,
+            "skipped": dict(self.skipped),
         }
-        if self.world.sharded:
-            self.writer.save(self.step, self.optimizer.state(), state)
-        else:
+        if not self.world.sharded:
             state["rng"] = checkpoints.rng_state()
-            folder, keep = self.out / "checkpoints", self.recipe.keep
-            self.saved_at = checkpoints.save(folder, self.step, self.optimizer.state(), state, keep)
+        self.writer.save(self.step, self.optimizer.state(), state)
         self.clock = time.perf_counter()
 
     def await_saved(self) -> None:
         """Until the checkpoint that was begun last is whole."""
-        if self.world.sharded:
-            self.writer.wait()
-            self.saved_at = self.writer.published or self.saved_at
+        self.writer.wait()
+        self.saved_at = self.writer.published or self.saved_at
 
     def finish(self) -> dict[str, Any]:
         """Write what the stage is for, the plot and summary.json; every rank gets what rank 0 wrote."""
