@@ -158,8 +158,8 @@ class MasterAdamW:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up a state that :meth:`state` gave, on parameters of the same names and shapes.
 
-        Moments in 8 bits are rounded anew, to the same codes where the values lie in the same groups of 256: on another
-        number of ranks they may not.
+        Moments in 8 bits are rounded anew: 1.5% of the largest of 256 apart at most, where the largest is negative,
+        which torchao's codes cannot hold exactly, or where another number of ranks divides them into other 256s.
         """
         for name, master in self.masters.items():
             param = self.params[name]

@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
 def run_ranks(ranks: int, folder: Path, *runs: dict, options: tuple[str, ...] = ()) -> str:
     """The runs one after the other on ``ranks`` processes; what they said."""
     command = [*torchrun(ranks, *options), "-m", "tests.train.ranks", str(folder), *map(json.dumps, runs)]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 

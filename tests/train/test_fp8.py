@@ -86,8 +86,7 @@ def four_bits(x):
     return torch.ldexp(torch.round(mantissa * 16) / 16, exponent)
 
 
-def test_checkpointing_and_text_alone(trainer, small):
-    """The same losses with selective checkpointing; a bin of nothing has no gradient and no error."""
+def test_checkpointing_changes_nothing(trainer, small):
     found = []
     for kind in ("none", "selective", "full"):
         model, _ = small
@@ -97,7 +96,8 @@ def test_checkpointing_and_text_alone(trainer, small):
         model.projector.linear_1.weight.data.fill_(0.01)
         model.projector.linear_1.bias.data.zero_()
         found.append(run.run()["losses"])
-    assert found[0] == pytest.approx(found[1], rel=1e-5) == pytest.approx(found[2], rel=1e-5)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_memory_counts_the_codes_twice(small):
