@@ -7,6 +7,7 @@ were tested in Triton's interpreter and compiled for sm_80 and sm_90; none of th
 
 from llava_kernels.attention import paged_attention, rope_store_kv, store_kv, varlen_attention
 from llava_kernels.dispatch import implementation
+from llava_kernels.frozen_linear import FrozenWeight, freeze_fp8, frozen_linear
 from llava_kernels.linear import linear
 from llava_kernels.linear_cross_entropy import linear_cross_entropy
 from llava_kernels.linear_gelu import linear_gelu
@@ -32,12 +33,15 @@ from llava_kernels.swiglu import swiglu
 
 __all__ = [
     "Fp8Weight",
+    "FrozenWeight",
     "Int4Weight",
     "Int8Weight",
     "add_rms_norm",
     "dequantize_fp8",
     "dequantize_int4",
     "dequantize_int8",
+    "freeze_fp8",
+    "frozen_linear",
     "implementation",
     "linear",
     "linear_cross_entropy",

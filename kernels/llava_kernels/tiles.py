@@ -84,6 +84,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         for arch in (80, 90)
         for up_to, block in ((1024, 1024), (ANY, 2048))
     ),
+    # size: values of a row, all of which a program holds
+    "round_rows": tuple(
+        Row(arch, up_to, {"num_warps": warps})
+        for arch in (80, 90)
+        for up_to, warps in ((1024, 2), (4096, 4), (16384, 8), (ANY, 16))
+    ),
     # size: image rows. One image gets small tiles, so that every multiprocessor has one; COPY_*: text rows a program.
     "project_splice": (
         Row(80, 1024, _gemm(64, 128, 64, 4, 4) | {"COPY_ROWS": 8, "COPY_COLUMNS": 1024}),

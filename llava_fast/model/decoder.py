@@ -19,7 +19,7 @@ from llava_kernels import add_rms_norm, rms_norm, rope, swiglu
 # in one go.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_mm.", "aten.linear.")
+PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten._scaled_mm.", "aten.linear.", "llava_kernels.frozen_linear.")
 
 
 def turned(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,6 +40,11 @@ class Nf4Linear(nn.Module):
             for name, rows in pieces.items()
         }
 
+    @property
+    def nbytes(self) -> int:
+        """Of the codes and their scales: 4.127 bits a weight, by double quantization in 64s and 256s."""
+        return int(self.out_features * self.in_features * (4 + 8 / 64 + 32 / (64 * 256)) / 8)
+
     def matrix(self) -> Tensor:
         """(N, K), made anew by each call."""
         whole = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.device)

@@ -19,7 +19,7 @@ from llava_fast.config import FEATURES, PRESETS, PROJECTORS, ModelConfig
 from llava_fast.data.samples import load_samples
 from llava_fast.errors import CheckpointError, ConfigError, LlavaError
 from llava_fast.interrupt import Interrupted
-from llava_fast.model import Llava, lora, nf4
+from llava_fast.model import Llava, fp8, lora, nf4
 from llava_fast.pretrained import load
 from llava_fast.processor import Processor, Tokenizer
 from llava_fast.train import demo
@@ -198,6 +198,10 @@ def start_from(
         raise ConfigError("give one start: --model DIR, or --vision-tower DIR with --decoder DIR, or --preset NAME")
     if chosen.lora_bits:
         nf4.check_available(device)
+    if chosen.fp8_frozen:
+        fp8.check_frozen(device, dtype)
+    if chosen.fp8:
+        fp8.check_trained(device, dtype)
     if chosen.lora_rank and args.preset:
         raise ConfigError(
             "LoRA needs weights on disk for its adapters to name: --model, or --vision-tower and --decoder"
@@ -230,6 +234,10 @@ def start_from(
         nf4.quantize_base(model, device)
     if chosen.lora_rank:
         lora.attach(model, chosen.lora(**stands_on(args)), seed=chosen.seed)
+    if chosen.fp8_frozen:
+        fp8.freeze_decoder(model)
+    if chosen.fp8:
+        fp8.train_decoder(model)
     changes = {"template": chosen.template or model.config.template}
     if args.image_aspect:
         changes["image_aspect"] = args.image_aspect

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,55 @@ from torch import Tensor
 from llava_fast.errors import CheckpointError
 
 TENSORS, STATE, MANIFEST, LATEST = "tensors.safetensors", "state.json", "manifest.json", "latest"
+
+
+class Writer:
+    """Writes checkpoints into ``folder`` while training goes on, one at a time; ``keep`` of them remain.
+
+    A run that dies at any moment leaves either the whole checkpoint under its name or nothing under it.
+
+    Attributes:
+        published: the newest one that is whole on the disk.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.published: Path | None = None
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy ``tensors`` to the host's memory, and write them while the caller goes on.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.begin(lambda: save(self.folder, step, copies, state, self.keep))
+
+    def begin(self, work: Callable[[], Path]) -> None:
+        """Run ``work``, which gives the finished checkpoint's path, in a thread."""
+
+        def run() -> None:
+            try:
+                self.published = work()
+            except BaseException as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run, name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is whole on the disk."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            raise CheckpointError(
+                f"the checkpoint could not be written under {self.folder} ({type(self.error).__name__}: {self.error}); "
+                f"is the disk full?"
+            ) from self.error
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:

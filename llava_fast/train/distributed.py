@@ -23,6 +23,7 @@ from llava_fast.batch import PackedBatch
 from llava_fast.config import IGNORE, ModelConfig
 from llava_fast.errors import ConfigError
 from llava_fast.model import Llava
+from llava_fast.model.lora import attach, lora_of
 
 T = TypeVar("T")
 
@@ -151,6 +152,7 @@ def share_out(model: Llava, world: World, *, train_decoder: bool, shard_frozen: 
     What is trained becomes float32 shards (the master weights), gathered layer by layer in the dtype that the model
     computes in; gradients are added up in float32 over all ranks, not averaged. The frozen vision tower stays whole on
     every rank, so a batch without an image misses no collective. So does a frozen decoder, unless ``shard_frozen``.
+    Below LoRA adapters, which are shared out in float32 like all that is trained, the frozen weights are too.
     """
     assert world.mesh is not None
     dtype = model.dtype
@@ -186,9 +188,10 @@ def like(param: Tensor, shard: Tensor) -> Tensor:
     """``shard`` as the part of a tensor that is laid out as ``param`` is."""
     if not isinstance(param, DTensor):
         return shard
-    return DTensor.from_local(
+    whole = DTensor.from_local(
         shard, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
+    return whole.to(shard.device)  # from_local moves a shard that lies on the host
 
 
 def part_for(param: Tensor, value: Tensor) -> Tensor:
@@ -200,26 +203,33 @@ def part_for(param: Tensor, value: Tensor) -> Tensor:
     return value.to_local()
 
 
-def norm_of(params: list[nn.Parameter]) -> Tensor:
-    """Norm () of all the gradients of ``params``, over all ranks that share them; no host waits for it."""
-    shards = [local(p.grad) for p in params if p.grad is not None]
-    total = torch.nn.utils.get_total_norm(shards).square().float()
-    first = params[0]
-    if isinstance(first, DTensor):
-        dimension = [isinstance(p, Shard) for p in first.placements].index(True)
-        dist.all_reduce(total, group=first.device_mesh.get_group(dimension))
+def norm_of(gradients: list[Tensor], param: Tensor) -> Tensor:
+    """Norm () of ``gradients``, this rank's shards where they are shared as ``param`` is; no host waits for it."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not isinstance(param, DTensor):
+        return norm
+    total = norm.square().float()
+    dimension = [isinstance(p, Shard) for p in param.placements].index(True)
+    dist.all_reduce(total, group=param.device_mesh.get_group(dimension))
     return total.sqrt()
 
 
 @torch.no_grad()
-def gathered(model: Llava, world: World, config: ModelConfig, dtype: torch.dtype) -> Llava | None:
-    """The whole model on rank 0's host, in ``dtype``; None on the others. One tensor at a time is gathered."""
-    whole = Llava(config, dtype=dtype, seed=None) if world.main else None
-    targets = dict(whole.named_parameters()) if whole else {}
+def gathered(model: Llava, world: World, names: set[str], dtype: torch.dtype) -> Llava | None:
+    """A model on rank 0's host that holds the weights ``names`` of ``model``, whole and in ``dtype``; its others have
+    no contents. None on the other ranks. One tensor at a time is gathered."""
+    whole = Llava(model.config, dtype=dtype, device="meta", seed=None) if world.main else None
+    adapters = lora_of(model)
+    if whole and adapters:
+        attach(whole, adapters)
     for name, param in model.named_parameters():
+        if name not in names:
+            continue
         value = param.full_tensor() if isinstance(param, DTensor) else param
         if whole:
-            targets[name].copy_(value)
+            path, _, leaf = name.rpartition(".")
+            copy = nn.Parameter(value.to("cpu", dtype, copy=True), requires_grad=False)
+            whole.get_submodule(path).register_parameter(leaf, copy)
     return whole
 
 

@@ -17,8 +17,8 @@ GROUPS = {
     "waiting for data": ("dataloader",),
     "communication": ("nccl", "gloo", "all_reduce", "allreduce", "all_gather", "allgather", "reduce_scatter", "c10d"),
     "attention": ("attention", "flash", "fmha", "attn"),
-    "matrix products": ("gemm", "aten::mm", "aten::addmm", "aten::bmm", "cutlass", "cublas", "_mm_", "nvjet", "xmma",
-                        "project_splice", "linear_gelu"),
+    "matrix products": ("gemm", "aten::mm", "aten::addmm", "aten::bmm", "cutlass", "cublas", "_mm_", "scaled_mm",
+                        "nvjet", "xmma", "project_splice", "linear_gelu"),
 }  # fmt: skip
 REST = "memory-bound and other"
 

@@ -25,6 +25,11 @@ class Recipe:
     warmup_ratio: float = option(0.03, "share of the steps with a rising learning rate; a cosine to 0 follows")
     weight_decay: float = option(0.0, "AdamW's, on matrices only")
     grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip")
+    optimizer: str = option(
+        "adamw",
+        "AdamW with float32 moments, with moments in 8 bits (torchao), or with masters and moments on the host",
+        ("adamw", "adamw-8bit", "adamw-offload"),
+    )
     lora_rank: int = option(0, "stage 2 trains LoRA adapters of this rank and the projector; 0 trains every weight")
     lora_alpha: float = option(16.0, "the adapters' updates are multiplied by alpha / rank")
     lora_dropout: float = option(0.05, "share of the adapters' inputs that is zeroed in training")
@@ -49,6 +54,8 @@ class Recipe:
         "what the backward pass computes anew to save memory: nothing; norms, rotation and SwiGLU; whole layers",
         ("none", "selective", "full"),
     )
+    fp8_frozen: bool = option(False, "stage 1: the frozen decoder's products in float8 (on CUDA sm_89 and later)")
+    fp8: bool = option(False, "stage 2: the trained decoder's products in float8 (torchao; CUDA sm_89 and later)")
     compile: bool = option(False, "compile the decoder's layers (torch.compile)")
     profile: bool = option(False, "write trace.json and profile.txt of a few steps into the run's folder")
     shard_size: int | None = option(None, "processes that share one copy of the weights; default those of a node")
@@ -92,6 +99,15 @@ class Recipe:
             raise ConfigError(f"lora_bits={self.lora_bits}: 4 is the one choice, and it needs --lora-rank")
         if self.lora_rank:
             self.lora()
+        if self.fp8_frozen and (self.stage != 1 or self.shard_frozen):
+            cause = "is of stage 1, whose decoder is frozen; stage 2 has --fp8"
+            if self.stage == 1:
+                cause = (
+                    "keeps the decoder whole on each device, and --shard-frozen would share it out; give one of them"
+                )
+            raise ConfigError(f"--fp8-frozen {cause}")
+        if self.fp8 and (self.stage != 2 or self.lora_rank):
+            raise ConfigError("--fp8 trains the whole decoder in stage 2; stage 1 has --fp8-frozen, LoRA has neither")
 
     def lora(self, *, base: str | None = None, vision_tower: str | None = None) -> LoraConfig:
         """The adapters that this recipe trains; what they stand on is as :class:`LoraConfig` says."""

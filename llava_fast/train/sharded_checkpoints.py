@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,27 +30,15 @@ from llava_fast.train.distributed import World
 METADATA = ".metadata"  # torch.distributed.checkpoint's own, written last
 
 
-class ShardWriter:
-    """Writes checkpoints of all ranks into ``folder``, one at a time; ``keep`` of them remain.
-
-    A run that dies at any moment leaves either the whole checkpoint under its name or nothing under it.
-
-    Attributes:
-        published: the newest one that is whole on the disk.
-    """
+class ShardWriter(checkpoints.Writer):
+    """The same of all ranks together."""
 
     def __init__(self, folder: Path, keep: int, world: World):
-        self.folder, self.keep, self.world = folder, keep, world
-        self.published: Path | None = None
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
+        super().__init__(folder, keep)
+        self.world = world
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Copy ``tensors`` to the host's memory, and write them while the caller goes on. Every rank calls it.
-
-        Raises:
-            CheckpointError: the one before could not be written.
-        """
+        """Every rank calls it."""
         self.wait()
         part = self.folder / f".step-{step:08d}.part"
         self.world.on_main(lambda: _make_anew(part))
@@ -60,32 +47,17 @@ class ShardWriter:
             storage_writer=dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True),
             process_group=self.world.disk,
         )
-        self.thread = threading.Thread(target=self._finish, args=(writing, part, step, state), name="checkpoint")
-        self.thread.start()
+        self.begin(lambda: self._finish(writing, part, step, state))
 
-    def wait(self) -> None:
-        """Until what was begun is whole on the disk."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.error is not None:
-            raise CheckpointError(
-                f"the checkpoint could not be written under {self.folder} ({type(self.error).__name__}: {self.error}); "
-                f"is the disk full?"
-            ) from self.error
-
-    def _finish(self, writing: Any, part: Path, step: int, state: dict[str, Any]) -> None:
-        try:
-            writing.result()
-            mine = {p.name: checkpoints._describe(p) for p in part.glob(f"__{self.world.rank}_*")}
-            files: list[Any] | None = [None] * self.world.size if self.world.main else None
-            dist.gather_object(mine, files, dst=0, group=self.world.disk)
-            if files is not None:
-                self._publish(part, step, state, {k: v for found in files for k, v in found.items()})
-            dist.barrier(group=self.world.disk)
-            self.published = self.folder / f"step-{step:08d}"
-        except BaseException as error:
-            self.error = error
+    def _finish(self, writing: Any, part: Path, step: int, state: dict[str, Any]) -> Path:
+        writing.result()
+        mine = {p.name: checkpoints._describe(p) for p in part.glob(f"__{self.world.rank}_*")}
+        files: list[Any] | None = [None] * self.world.size if self.world.main else None
+        dist.gather_object(mine, files, dst=0, group=self.world.disk)
+        if files is not None:
+            self._publish(part, step, state, {k: v for found in files for k, v in found.items()})
+        dist.barrier(group=self.world.disk)
+        return self.folder / f"step-{step:08d}"
 
     def _publish(self, part: Path, step: int, state: dict[str, Any], manifest: dict[str, Any]) -> None:
         (part / STATE).write_text(json.dumps({"step": step, **state}))

@@ -10,6 +10,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from llava_fast.batch import PackedBatch
 from llava_fast.checkpoint import save_projector
 from llava_fast.checkpoint.files import write_json
 from llava_fast.data.dealing import Share, deal
-from llava_fast.data.feature_cache import cached_processor
+from llava_fast.data.feature_cache import CachedFeatures, cached_processor
 from llava_fast.data.loader import EncodeOptions, Plan, SampleSource, fingerprint, load_steps, measure_sizes, plan_run
 from llava_fast.errors import ConfigError, LlavaError, SampleError, TrainingError
 from llava_fast.interrupt import Interrupted, interrupts
@@ -103,9 +104,8 @@ class Trainer:
         torch.manual_seed(self.recipe.seed)  # of the adapters' dropout
         freeze(self.model, self.recipe.stage)
         self.adapters = sum(p.numel() for name, p in trained(self.model) if ".lora_" in name)
-        if self.world.sharded and (self.adapters or self.recipe.feature_cache):
-            what = "--lora-rank" if self.adapters else "--feature-cache"
-            raise ConfigError(f"{what} works in one process only, so far; leave it out, or start without torchrun")
+        if self.world.sharded and self.recipe.lora_bits:
+            raise ConfigError("--lora-bits works in one process only: codes of 4 bits cannot be shared out by FSDP2")
         self.model.decoder.checkpoint_activations = self.recipe.activation_checkpointing
         self.out.mkdir(parents=True, exist_ok=True)
         sizes = self.measure()
@@ -119,8 +119,11 @@ class Trainer:
         self.world.on_main(lambda: self.claim_folder(fingerprint(sizes[:, 0])))
         self.share: Share | None = None
         self.memory = self.estimate_memory(sizes)
+        self.loading = self.cached() if self.recipe.feature_cache else self.processor  # what makes the batches
         if self.world.sharded:
             self.join(sizes)
+        folder, keep = self.out / "checkpoints", self.recipe.keep
+        self.writer = ShardWriter(folder, keep, self.world) if self.world.sharded else checkpoints.Writer(folder, keep)
         if self.recipe.compile:
             self.model.decoder.compile_layers()
         self.optimizer = MasterAdamW(
@@ -129,12 +132,8 @@ class Trainer:
             projector_lr=self.recipe.projector_lr,
             weight_decay=self.recipe.weight_decay,
             grad_clip=self.recipe.grad_clip,
+            kind=self.recipe.optimizer,
         )
-        self.loading = self.processor  # what makes the batches
-        if self.recipe.feature_cache:
-            cached = getattr(torch, self.recipe.feature_cache_dtype)
-            folder = Path(self.recipe.feature_cache)
-            self.loading = cached_processor(self.processor, self.model, self.samples, folder, cached)
         self.step, self.seconds, self.tokens, self.supervised = 0, 0.0, 0, 0
         self.saved_at: Path | None = None
         self.resume()
@@ -148,6 +147,22 @@ class Trainer:
             sizes[i::ranks] = part
             self.note_bad(bad)
         return sizes
+
+    def cached(self) -> Processor:
+        """The processor with features in the place of pixels. Rank 0 makes the cache, all ranks map it."""
+        assert self.recipe.feature_cache is not None
+        folder = Path(self.recipe.feature_cache)
+        dtype = getattr(torch, self.recipe.feature_cache_dtype)
+        image = self.world.on_main(
+            lambda: cached_processor(self.processor, self.model, self.samples, folder, dtype).image
+        )
+        if self.world.any(isinstance(image, CachedFeatures) and not image.features.exists()):
+            raise ConfigError(
+                f"--feature-cache {folder} is not on a file system that all nodes share; choose one that is"
+            )
+        changed = copy(self.processor)
+        changed.image = image
+        return changed
 
     def estimate_memory(self, sizes: np.ndarray) -> Estimate | None:
         """Of the device, told before the start; None for models that fit anywhere."""
@@ -164,6 +179,7 @@ class Trainer:
             images=images,
             shards=(self.recipe.shard_size or self.world.local_size) if self.world.sharded else 0,
             shard_frozen=self.recipe.shard_frozen,
+            optimizer=self.recipe.optimizer,
         )
 
     def how_to_save_memory(self) -> str:
@@ -175,6 +191,8 @@ class Trainer:
             cures.append(f"give --activation-checkpointing {stronger} (now {recipe.activation_checkpointing})")
         if recipe.stage == 1 and self.world.sharded and not recipe.shard_frozen:
             cures.append("give --shard-frozen: the frozen decoder then lies on all devices together")
+        if recipe.stage == 2 and recipe.optimizer == "adamw":
+            cures.append("give --optimizer adamw-8bit or adamw-offload: moments in 8 bits, or on the host")
         if recipe.stage == 2 or not self.world.sharded:
             cures.append(f"share the weights among more devices with torchrun (now {self.world.size})")
         return "; ".join(cures) + (f"\n{self.memory}" if self.memory else "")
@@ -199,7 +217,6 @@ class Trainer:
             train_decoder=self.recipe.stage == 2,
             shard_frozen=self.recipe.shard_frozen,
         )
-        self.writer = ShardWriter(self.out / "checkpoints", self.recipe.keep, self.world)
 
     def claim_folder(self, data: str) -> None:
         """Remember what run this folder is of; refuse to go on with a different one."""
@@ -215,7 +232,8 @@ class Trainer:
             write_json(path, mine)
             return
         theirs = json.loads(path.read_text())
-        theirs["recipe"] = {k: v for k, v in theirs["recipe"].items() if k not in free}
+        known = {f.name: f.default for f in dataclasses.fields(Recipe)}  # what options newer than the run stand at
+        theirs["recipe"] = {k: v for k, v in {**known, **theirs["recipe"]}.items() if k not in free}
         if theirs != mine:
             old, new = flat(theirs), flat(mine)
             changed = [f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in new if old.get(k) != new[k]]
@@ -459,25 +477,21 @@ class Trainer:
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        state = {
+        state: dict[str, Any] = {
             "seconds": self.seconds,
             "tokens": self.tokens,
             "supervised": self.supervised,
-            "skipped": self.skipped,
+            "skipped": dict(self.skipped),
         }
-        if self.world.sharded:
-            self.writer.save(self.step, self.optimizer.state(), state)
-        else:
+        if not self.world.sharded:
             state["rng"] = checkpoints.rng_state()
-            folder, keep = self.out / "checkpoints", self.recipe.keep
-            self.saved_at = checkpoints.save(folder, self.step, self.optimizer.state(), state, keep)
+        self.writer.save(self.step, self.optimizer.state(), state)
         self.clock = time.perf_counter()
 
     def await_saved(self) -> None:
         """Until the checkpoint that was begun last is whole."""
-        if self.world.sharded:
-            self.writer.wait()
-            self.saved_at = self.writer.published or self.saved_at
+        self.writer.wait()
+        self.saved_at = self.writer.published or self.saved_at
 
     def finish(self) -> dict[str, Any]:
         """Write what the stage is for, the plot and summary.json; every rank gets what rank 0 wrote."""
@@ -485,7 +499,9 @@ class Trainer:
         self.await_saved()
         model: Llava | None = self.model
         if self.world.sharded:
-            model = gathered(self.model, self.world, self.model.config, self.dtype)
+            whole = self.recipe.stage == 2 and not self.adapters
+            names = {name for name, p in self.model.named_parameters() if whole or p.requires_grad}
+            model = gathered(self.model, self.world, names, self.dtype)
         return self.world.on_main(lambda: self.write_result(model))
 
     def write_result(self, model: Llava | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 
 import llava_fast as lf
 from llava_fast.data.scenes import Scenes
+from llava_fast.model import lora
 from llava_fast.processor import Processor, Tokenizer
 from llava_fast.train.demo import PARTS
 from llava_fast.train.distributed import World, joined, mesh_of
@@ -53,6 +54,8 @@ def make_trainer(folder: Path, world: World | None, *, out: str, **changes: Any)
     processor = Processor.from_config(config, Tokenizer.load(PARTS / "decoder"))
     held_out = Scenes(5, 6)
     model = lf.Llava(config, seed=1)
+    if chosen.lora_rank:
+        lora.attach(model, chosen.lora(base=str(folder)), seed=chosen.seed)
     return Trainer(model, processor, chosen, mixed(), folder / out, eval_samples=held_out, world=world)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 import torch
@@ -86,3 +87,31 @@ def test_random_state_round_trip():
     first = torch.rand(3)
     checkpoints.set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_the_caller_goes_on_while_it_is_written(tmp_path, monkeypatch):
+    """What it changes meanwhile is not in the checkpoint, which has its name only when it is whole."""
+    flush, may_go_on = checkpoints._flush, threading.Event()
+    monkeypatch.setattr(checkpoints, "_flush", lambda path: may_go_on.wait(60) and flush(path))
+    writer = checkpoints.Writer(tmp_path, keep=2)
+    w = torch.zeros(5)
+    writer.save(1, {"w": w}, {})
+    w += 1
+    assert writer.published is None
+    assert not list(tmp_path.glob("step-*"))
+    may_go_on.set()
+    writer.wait()
+    tensors, state, _ = checkpoints.load_newest(tmp_path)
+    assert (tensors["w"].tolist(), state["step"]) == ([0.0] * 5, 1)
+    assert writer.published == tmp_path / "step-00000001"
+
+
+def test_a_disk_that_is_full_is_told_at_the_next_save(tmp_path, monkeypatch):
+    def full(*inputs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    writer = checkpoints.Writer(tmp_path, keep=2)
+    writer.save(1, {"w": torch.zeros(5)}, {})
+    with pytest.raises(CheckpointError, match=r"could not be written.*No space left on device.*disk full"):
+        writer.save(2, {"w": torch.zeros(5)}, {})

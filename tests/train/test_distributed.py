@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def environment() -> dict[str, str]:
 def run_ranks(ranks: int, folder: Path, *runs: dict, options: tuple[str, ...] = ()) -> str:
     """The runs one after the other on ``ranks`` processes; what they said."""
     command = [*torchrun(ranks, *options), "-m", "tests.train.ranks", str(folder), *map(json.dumps, runs)]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -73,6 +74,35 @@ def test_two_processes_learn_what_one_does(alone, tmp_path):
     assert said.count("2 processes (mesh 2)") == 2  # rank 0 alone tells
     assert_same_run(tmp_path / "stage1", alone / "stage1")
     assert_same_run(tmp_path / "stage2", alone / "stage2")
+
+
+def test_cached_features_an_optimizer_on_the_host_and_adapters_on_two_processes(alone, tmp_path, capsys):
+    lora = {"stage": 2, "epochs": 1, "lora_rank": 4, "lora_dropout": 0.0, "lr": 1e-2, "projector_lr": 1e-3}
+    cached = {"stage": 1, "feature_cache": str(tmp_path / "cache"), "feature_cache_dtype": "float32"}
+    said = run_ranks(
+        2,
+        tmp_path,
+        {"out": "cached", **cached},
+        {"out": "offload", "stage": 2, "optimizer": "adamw-offload"},
+        {"out": "lora", **lora},
+    )
+    assert said.count("feature cache: ") == 1  # made by one of them
+    assert_same_run(tmp_path / "cached", alone / "stage1")
+    assert_same_run(tmp_path / "offload", alone / "stage2")
+
+    make_trainer(tmp_path, None, out="lora-alone", **lora).run()
+    expected = losses(tmp_path / "lora-alone")
+    assert len(expected) >= 10 and expected[-1] < 0.9 * expected[0]
+    np.testing.assert_allclose(losses(tmp_path / "lora"), expected, rtol=0, atol=1e-5)
+    ours, theirs = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("lora", "lora-alone"))
+    assert sum("lora_A" in name for name in ours) == 7 * 2  # LLaMA's projections, two layers
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-4, msg=name)
+
+    shutil.rmtree(sorted((tmp_path / "lora/checkpoints").glob("step-*"))[-1])
+    make_trainer(tmp_path, None, out="lora", **lora).run()  # one process takes up what two have written
+    assert "going on from" in capsys.readouterr().out
+    np.testing.assert_allclose(losses(tmp_path / "lora"), expected, rtol=0, atol=1e-5)
 
 
 def test_four_processes_and_hybrid_shards_learn_what_one_does(alone, tmp_path):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llava_fast as lf
 from llava_fast.data.scenes import Scenes
 from llava_fast.errors import ConfigError
+from llava_fast.model.lora import LoraConfig, attach
 from llava_fast.train import memory
 from llava_fast.train.distributed import empty_batch
 from llava_fast.train.flops import sample_flops, step_flops
@@ -278,7 +279,29 @@ def test_estimate_adds_up(small):
     four = memory.estimate(model, dtype=torch.bfloat16, shards=4, **options)
     assert (four.weights, four.masters, four.moments) == (2 * tower, trained, 2 * trained)
     assert four.step == one.step
+    eight, host = (
+        memory.estimate(model, dtype=torch.bfloat16, optimizer=kind, **options)
+        for kind in ("adamw-8bit", "adamw-offload")
+    )
+    assert eight.moments == int(trained * 2 * (1 + 4 / 256))  # a byte for each of two, a float32 for 256
+    assert one.total - eight.total == one.moments - eight.moments
+    assert (host.masters, host.moments, host.gradients) == (0, 0, 4 * trained)
+    assert host.host == 16 * trained and host.total == one.total - 12 * trained
+    assert str(host).endswith(f"; and {host.host / 1e9:.2f} GB of the host's memory for each")
     assert str(one).startswith(f"memory on each device, estimated: {one.total / 1e9:.2f} GB (weights ")
+
+
+def test_adapters_take_less_memory_than_the_whole_decoder(small):
+    model, _ = small
+    options = {"stage": 2, "tokens": 200, "supervised": 50, "images": 1, "dtype": torch.bfloat16}
+    freeze(model, 2)
+    whole = memory.estimate(model, **options)
+    attach(model, LoraConfig(rank=4, alpha=8.0))
+    freeze(model, 2)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    ours = memory.estimate(model, **options)
+    assert ours.moments == 8 * trained < whole.moments / 5
+    assert ours.step < whole.step  # no gradient of a weight is made
 
 
 def test_out_of_memory_says_what_to_change(tmp_path):
