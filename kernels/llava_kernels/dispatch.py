@@ -40,9 +40,10 @@ def chosen() -> str:
 def implementation(choice: str) -> Iterator[None]:
     """Within the block, every op runs by ``choice``: "auto", "reference" (for debugging), "triton" or "native".
 
-    "auto" and "native" decode on CPUs through the C library (:mod:`llava_kernels.library`) where it was built; for all
-    other operations "native" is "reference". "triton" on CPU tensors needs TRITON_INTERPRET=1 in the environment before
-    the import.
+    "auto" and "native" decode on CPUs through the C library (:mod:`llava_kernels.library`) where it was built. "native"
+    takes it for linear_int8, linear_int4, project_splice and paged_attention too (:mod:`llava_kernels.native`), without
+    gradients; for all other operations it is "reference". "triton" on CPU tensors needs TRITON_INTERPRET=1 in the
+    environment before the import.
 
     Raises:
         ValueError: ``choice`` is none of these.

@@ -53,8 +53,11 @@ class PagedAttentionArgs(Structure):
 
 
 def use_native(*tensors: Tensor | None) -> bool:
-    """Whether the op that is about to run on ``tensors`` runs the C library's code."""
-    if chosen() not in ("auto", "native") or not available():
+    """Whether the op that is about to run on ``tensors`` goes to the C library: where "native" is asked for.
+
+    Not by itself: activations that meet 8 and 4 bits are rounded to 16 bits there, which float32 callers would see.
+    """
+    if chosen() != "native" or not available():
         return False
     given = [t for t in tensors if t is not None]
     return (

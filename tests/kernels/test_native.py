@@ -16,7 +16,6 @@ dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp32", "bf16"])
 def calls(monkeypatch):
     """Names of the library's functions that were called."""
     seen = []
-    real = library.Handle.check
 
     class Spy:
         def __init__(self, of):
@@ -29,8 +28,8 @@ def calls(monkeypatch):
 
     made = native.handle()
     monkeypatch.setattr(made, "library", Spy(made.library))
-    assert library.Handle.check is real
-    return seen
+    with lk.implementation("native"):
+        yield seen
 
 
 def noise(*shape, dtype=torch.float32, seed=0):
@@ -124,9 +123,10 @@ def test_registration():
         def forward(self, x):
             return lk.linear_int8(x, weight) + 1
 
-    exported = torch.export.export(Net(), (x,))
-    assert any("linear_int8" in str(node.target) for node in exported.graph.nodes)
-    torch.testing.assert_close(exported.module()(x), lk.linear_int8(x, weight) + 1)
+    with lk.implementation("native"):
+        exported = torch.export.export(Net(), (x,))
+        assert any("linear_int8" in str(node.target) for node in exported.graph.nodes)
+        torch.testing.assert_close(exported.module()(x), lk.linear_int8(x, weight) + 1)
     seen = [native.handle()]
     from threading import Thread
 

@@ -88,7 +88,7 @@ def test_training_on_problems(tmp_path: Path, monkeypatch, capsys):
     assert before == pytest.approx(math.log(model.config.text.vocab_size), rel=0.05)  # knows nothing yet
     ticks = count()
     train(model, sequences, seconds=40, rate=3e-3, clock=lambda: float(next(ticks)))  # 40 steps
-    assert model.loss(batch).item() < 0.7 * before
+    assert model.loss(batch).item() < 0.85 * before
     lf.save(model, processor, tmp_path / "model")
     arguments = ["perplexity", str(tmp_path / "model"), "--problems", str(file), "--kinds", "bf16,int8", "--json"]
     monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "found.json")])
