@@ -6,8 +6,8 @@ without a picture, and GPT-4's conversations in stage 2. Sixteen is what the aut
 Two shapes. ``vocabulary``: the real vocabulary of 32,000 on a decoder too small for it, so that the head weighs as much
 as the layers. ``proportions``: head, tower and layers in the proportions of LLaVA-7B, where head and tower are a few
 percent of the work. ``no_packing``, ``no_rows`` and ``no_frozen`` are our step with one saving switched off, and
-``none`` with all of them (benches/training.py). Read the least time, not the mean: a busy machine only adds to it. Where
-others use the machine too, count processor time on one thread, which is nearly the same whoever else runs:
+``none`` with all of them (benches/training.py). Read the least time, not the mean: a busy machine only adds to it.
+Where others use the machine too, count processor time on one thread, which is nearly the same whoever else runs:
 
     OMP_NUM_THREADS=1 python -m pytest benches/bench_training_step.py --benchmark-only \\
         --benchmark-timer=time.process_time --benchmark-columns=min,median,rounds
