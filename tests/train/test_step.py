@@ -40,7 +40,9 @@ class Watch(TorchDispatchMode):
         masks = name.startswith(("aten.index.", "aten.index_put")) and any(
             t is not None and t.dtype == torch.bool for t in args[1]
         )
-        to_host = name.startswith(("aten._to_copy", "aten.to.")) and (kwargs or {}).get("device") is not None
+        # From one device to another. Backward passes name the device that the tensor is on already.
+        to = (kwargs or {}).get("device") if name.startswith(("aten._to_copy", "aten.to.")) else None
+        to_host = to is not None and torch.device(to) != args[0].device
         if name.startswith(WAITING) or masks or to_host:
             self.waits.append(name)
         return func(*args, **(kwargs or {}))
