@@ -1,6 +1,6 @@
 """Real sample lengths, counted with the LLaMA-2 tokenizer under the v1 template; no text comes with them.
 
-    python -m benches.lengths DATA     # counts anew: DATA holds llava_pretrain/, scienceqa/, llava_bench_coco/, tokenizer/
+    python -m benches.lengths DATA     # counts anew; in DATA: llava_pretrain/ scienceqa/ llava_bench_coco/ tokenizer/
 
 A row is (tokens of the prompt without image rows, supervised tokens, images). The sources are the caption pairs of
 LCS-558K that are at hand, the ScienceQA problems that have a lecture or a solution (question first, reason before the

@@ -15,9 +15,9 @@ moments and gradient sums. These are 122 GB of the 7B model, which leave an H200
 cheap part of the layers computed anew. Where that is too much, moments in 8 bits are 6 bytes fewer, if this version has
 them (``--optimizer adamw-8bit``); a card of 80 GB needs more cards beside it, or the host's memory.
 
-Each part stands alone: one that fails is reported with its error and the others go on. Results are on the disk as soon as
-their part ends. Model FLOPs leave out recomputation and whatever is not needed (llava_fast/train/flops.py), and are held
-against a large product measured in the same run.
+Each part stands alone: one that fails is reported with its error and the others go on. Results are on the disk as soon
+as their part ends. Model FLOPs leave out recomputation and whatever is not needed (llava_fast/train/flops.py), and are
+held against a large product measured in the same run.
 """
 
 from __future__ import annotations
@@ -239,7 +239,8 @@ def timed(setting: Setting, trainer: Trainer) -> dict[str, Any]:
     done: list[StepResult] = []
     start = 0.0
     with closing(steps_of(trainer, len(trainer.plan.steps))) as steps:
-        for last, result in steps:
+        for batches, result in steps:
+            last = batches
             done.append(result)
             if len(done) == WARM_UP:
                 setting.synchronize()
@@ -328,9 +329,7 @@ def theirs(setting: Setting, stage: int) -> dict[str, Any]:
 def their_steps(
     setting: Setting, stage: int, rows: list[Row], bins: list[list[Sample]], checkpointing: bool
 ) -> dict[str, Any]:
-    run = Transformers(
-        their_model(setting), stage, bins, setting.device, checkpointing=checkpointing
-    )
+    run = Transformers(their_model(setting), stage, bins, setting.device, checkpointing=checkpointing)
     run.step()
     setting.synchronize()
     start, steps = time.perf_counter(), 0
@@ -409,7 +408,9 @@ def ratios(results: dict[str, Any]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("train-7b"), help="folder of the results (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("train-7b"), help="folder of the results (default %(default)s)"
+    )
     parser.add_argument("--size", choices=SIZES, default="7b", help="of the model (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument("--parts", default=",".join(PARTS), help="default %(default)s")

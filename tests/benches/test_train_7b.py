@@ -14,6 +14,8 @@ from benches.lengths import of_stage, sizes
 from benches.training import make_samples, packed, padded, to_longest, with_image_token
 from llava_fast.train.recipe import Recipe
 
+TINY = ["--size", "tiny", "--seconds", "0", "--batch-size", "2"]
+
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
@@ -23,8 +25,7 @@ def brief(monkeypatch):
 
 
 def test_end_to_end_at_tiny_size(tmp_path, capsys):
-    options = "--size tiny --seconds 0 --batch-size 2 --loss-steps 2".split()
-    assert train_7b.main([*options, "--out", str(tmp_path)]) == 0
+    assert train_7b.main([*TINY, "--loss-steps", "2", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "train_7b.json").read_text())
     assert set(train_7b.PARTS) < set(found)
     for stage in (1, 2):
@@ -43,8 +44,7 @@ def test_end_to_end_at_tiny_size(tmp_path, capsys):
 
 def test_a_part_that_fails_hides_no_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_7b, "ours", lambda setting, stage: 1 / 0)
-    options = "--size tiny --parts stage1,transformers_stage1 --seconds 0 --batch-size 2".split()
-    assert train_7b.main([*options, "--out", str(tmp_path)]) == 1
+    assert train_7b.main([*TINY, "--parts", "stage1,transformers_stage1", "--out", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "train_7b.json").read_text())
     assert found["stage1"] == {"error": "ZeroDivisionError: division by zero"}
     assert found["transformers_stage1"]["tokens_per_s"] > 0

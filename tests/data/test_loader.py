@@ -20,7 +20,6 @@ from llava_fast.errors import LlavaError
 from llava_fast.processor import Processor, Tokenizer
 from llava_fast.train.demo import PARTS
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

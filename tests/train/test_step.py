@@ -41,7 +41,9 @@ class Watch(TorchDispatchMode):
         masks = name.startswith(("aten.index.", "aten.index_put")) and any(
             t is not None and t.dtype == torch.bool for t in args[1]
         )
-        to_host = name.startswith(("aten._to_copy", "aten.to.")) and (kwargs or {}).get("device") is not None
+        # From one device to another. Backward passes name the device that the tensor is on already.
+        to = (kwargs or {}).get("device") if name.startswith(("aten._to_copy", "aten.to.")) else None
+        to_host = to is not None and torch.device(to) != args[0].device
         if name.startswith(WAITING) or masks or to_host:
             self.waits.append(name)
         return func(*args, **(kwargs or {}))
@@ -62,9 +64,15 @@ def test_the_watch_sees_what_waits():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_no_op_between_two_log_lines_waits_for_the_device(tmp_path, stage, checkpointing):
-    run = make_trainer(tmp_path, None, out="run", stage=stage, activation_checkpointing=checkpointing)
+@pytest.mark.parametrize(
+    ("checkpointing", "dtype"),
+    [("none", "float32"), ("selective", "float32"), ("full", "float32"), ("none", "bfloat16")],
+)
+def test_no_op_between_two_log_lines_waits_for_the_device(tmp_path, stage, checkpointing, dtype):
+    """Steps of several passes, with pictures and without; in bfloat16 also the float32 sums and masters."""
+    run = make_trainer(tmp_path, None, out="run", stage=stage, activation_checkpointing=checkpointing, max_tokens=400)
+    run.dtype = getattr(torch, dtype)
+    run.model.to(run.dtype)
     run.prepare()
     steps = [batches for _, (batches, _) in zip(range(3), run.load(), strict=False)]
     with Watch() as watch:
@@ -72,7 +80,8 @@ def test_no_op_between_two_log_lines_waits_for_the_device(tmp_path, stage, check
             run.train_step(batches, total=20)
             run.step += 1
     assert watch.waits == []
-    assert {"aten._fused_adamw_.default", "aten.mm.default"} <= set(watch.ops)
+    assert max(len(batches) for batches in steps) > 1 and any(b.num_images for batches in steps for b in batches)
+    assert {"aten._fused_adamw_.default", "aten.mm.default", "aten._foreach_norm.Scalar"} <= set(watch.ops)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
