@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -241,7 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m llava_fast.train.memory",
         description="Estimate the memory that a training run takes of each device, in bfloat16.",
     )
-    choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(Recipe)}
+    choices: dict[str, Any] = {f.name: f.metadata["choices"] for f in dataclasses.fields(Recipe)}
     parser.add_argument("--preset", choices=tuple(PRESETS), default="llava-1.5-7b", help="default %(default)s")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="default %(default)s")
     parser.add_argument(

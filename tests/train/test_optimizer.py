@@ -203,8 +203,8 @@ def test_a_run_goes_on_with_another_kind(eager):
         descend(model, optimizer, x, 2)
     descend(a, first, x, 2)
     assert torch.equal(a.weight, b.weight)
-    torch.testing.assert_close(c.weight, a.weight, rtol=0, atol=0.004)
-    assert not torch.equal(a.weight, c.weight)
+    moved = (a.weight - wide_problem(torch.float32)[0].weight).norm()
+    assert 0 < (c.weight - a.weight).norm() < 0.1 * moved
 
 
 def test_rates_reach_both(eager):
