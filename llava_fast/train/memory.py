@@ -27,6 +27,7 @@ from llava_fast.config import IGNORE, PRESETS, ModelConfig
 from llava_fast.errors import ConfigError
 from llava_fast.model import Llava
 from llava_fast.model.decoder import Attend, turned
+from llava_fast.model.fp8 import Fp8Linear
 from llava_fast.model.lora import LoraConfig, attach, lora_of
 from llava_fast.model.nf4 import Nf4Linear
 from llava_fast.train.recipe import Recipe
@@ -108,8 +109,7 @@ def estimate(
     if not shards:  # the masters stand beside the weights, unless these are float32
         weights += trained * size
         masters = 0 if size == 4 or optimizer == "adamw-offload" else masters
-    packed = sum(b.nbytes for b in model.buffers())  # what lies there in float8
-    packed += sum(m.nbytes for m in model.modules() if isinstance(m, Nf4Linear))
+    packed = sum(m.nbytes for m in model.modules() if isinstance(m, Fp8Linear | Nf4Linear))
     return Estimate(
         weights=weights + packed,
         masters=masters,
