@@ -192,5 +192,5 @@ def _build(name: str, width: int, columns: bool) -> Build:
         signature=types | {"stride": "i32", "K": "i32"},
         constants={"HAS_COLUMNS": columns, "BLOCK": triton.next_power_of_2(width)},
         kind="memory",
-        **blocks_on("round_rows", 90, width),
+        num_warps=blocks_on("round_rows", 90, width)["num_warps"],
     )

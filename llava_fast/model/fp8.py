@@ -35,6 +35,10 @@ class Fp8Linear(nn.Module):
         for name in ("codes", "transposed", "scale"):
             self.register_buffer(name, getattr(frozen, name), persistent=False)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (T, K) -> (T, N)."""
         return frozen_linear(x, FrozenWeight(self.codes, self.transposed, self.scale))

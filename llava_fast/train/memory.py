@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from llava_fast.config import IGNORE, PRESETS, ModelConfig
 from llava_fast.errors import ConfigError
 from llava_fast.model import Llava
 from llava_fast.model.decoder import Attend, turned
+from llava_fast.model.fp8 import Fp8Linear
 from llava_fast.model.lora import LoraConfig, attach, lora_of
 from llava_fast.model.nf4 import Nf4Linear
 from llava_fast.train.recipe import Recipe
@@ -107,8 +109,7 @@ def estimate(
     if not shards:  # the masters stand beside the weights, unless these are float32
         weights += trained * size
         masters = 0 if size == 4 or optimizer == "adamw-offload" else masters
-    packed = sum(b.nbytes for b in model.buffers())  # what lies there in float8
-    packed += sum(m.nbytes for m in model.modules() if isinstance(m, Nf4Linear))
+    packed = sum(m.nbytes for m in model.modules() if isinstance(m, Fp8Linear | Nf4Linear))
     return Estimate(
         weights=weights + packed,
         masters=masters,
@@ -241,7 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m llava_fast.train.memory",
         description="Estimate the memory that a training run takes of each device, in bfloat16.",
     )
-    choices = {field.name: field.metadata.get("choices") for field in dataclasses.fields(Recipe)}
+    choices: dict[str, Any] = {f.name: f.metadata["choices"] for f in dataclasses.fields(Recipe)}
     parser.add_argument("--preset", choices=tuple(PRESETS), default="llava-1.5-7b", help="default %(default)s")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="default %(default)s")
     parser.add_argument(

@@ -189,7 +189,7 @@ class Trainer:
         stronger = {"none": "selective or full", "selective": "full", "full": ""}[recipe.activation_checkpointing]
         if stronger:
             cures.append(f"give --activation-checkpointing {stronger} (now {recipe.activation_checkpointing})")
-        if recipe.stage == 1 and self.world.sharded and not recipe.shard_frozen:
+        if recipe.stage == 1 and self.world.sharded and not (recipe.shard_frozen or recipe.fp8_frozen):
             cures.append("give --shard-frozen: the frozen decoder then lies on all devices together")
         if recipe.stage == 2 and recipe.optimizer == "adamw":
             cures.append("give --optimizer adamw-8bit or adamw-offload: moments in 8 bits, or on the host")
@@ -222,8 +222,8 @@ class Trainer:
         """Remember what run this folder is of; refuse to go on with a different one."""
         free = (
             *("workers", "log_every", "save_every", "keep", "eval_every", "shard_size", "shard_frozen"),
-            *("activation_checkpointing", "compile", "profile"),
-        )  # these change nothing that is learned
+            *("activation_checkpointing", "compile", "profile", "optimizer"),
+        )  # these change nothing that is learned, or its rounding alone
         chosen = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in free}
         mine = {"recipe": chosen, "data": data, "model": dataclasses.asdict(self.model.config)}
         mine = json.loads(json.dumps(mine))

@@ -190,6 +190,23 @@ def test_8_bits_are_kept_in_float32_and_rounded_again(eager):
     torch.testing.assert_close(b.weight, a.weight, rtol=0, atol=0.003)  # a tenth of three steps
 
 
+def test_a_run_goes_on_with_another_kind(eager):
+    (a, x), (b, _), (c, _) = (wide_problem(torch.float32) for _ in range(3))
+    first = MasterAdamW(a.named_parameters(), lr=0.01)
+    descend(a, first, x, 3)
+    state = {k: v.clone() for k, v in first.state().items()}
+    host, eight = (
+        MasterAdamW(m.named_parameters(), lr=0.01, kind=k) for m, k in ((b, "adamw-offload"), (c, "adamw-8bit"))
+    )
+    for model, optimizer in ((b, host), (c, eight)):
+        optimizer.load(state)
+        descend(model, optimizer, x, 2)
+    descend(a, first, x, 2)
+    assert torch.equal(a.weight, b.weight)
+    moved = (a.weight - wide_problem(torch.float32)[0].weight).norm()
+    assert 0 < (c.weight - a.weight).norm() < 0.1 * moved
+
+
 def test_rates_reach_both(eager):
     for kind in ("adamw", "adamw-8bit", "adamw-offload"):
         p = nn.Parameter(torch.ones(4))
