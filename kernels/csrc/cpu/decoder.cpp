@@ -1,7 +1,12 @@
 // All layers of the decoder in one call. A layer is five jobs of the pool; what needs no other thread's results between
 // two of them is done in the same task: a head's part of QKV is turned and stored by the task that has multiplied it.
+#include <cerrno>
 #include <cstring>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "handle.h"
 
@@ -119,6 +124,27 @@ lk_status check_decoder(lk_handle *handle, const lk_decoder_args *args) {
     return LK_OK;
 }
 
+// Puts memory into pages of 2 MiB where Linux can (6.1 and later): weights are read from end to end at every token, and
+// under a hypervisor a quarter of that time goes into finding small pages. The edges take in what lies beside them, which
+// notices nothing. Where it cannot be done all stays as it was.
+void use_large_pages(const void *memory, int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t PAGE = 2 << 20;
+    constexpr int COLLAPSE = 25; // MADV_COLLAPSE, which older headers lack
+    const uintptr_t first = (uintptr_t)memory / PAGE * PAGE, end = (uintptr_t)memory + (uintptr_t)bytes;
+    for (uintptr_t page = first; bytes >= (int64_t)PAGE / 2 && page < end; page += PAGE)
+        if (madvise((void *)page, PAGE, COLLAPSE) && errno == EINVAL && page != first) return; // unknown here, or a file's
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+int64_t bytes_of(const lk_weight &weight) {
+    const int64_t row = weight.row_stride ? weight.row_stride : weight.in_features;
+    if (weight.format <= LK_WEIGHT_BFLOAT16) return weight.out_features * row * (weight.format == LK_WEIGHT_FLOAT32 ? 4 : 2);
+    return weight.out_features * weight.in_features / (weight.format == LK_WEIGHT_INT8 ? 1 : 2);
+}
+
 lk_status check_tokens(lk_decoder *decoder, const lk_step_args *args) {
     const lk_decoder_args &shape = decoder->args;
     lk_handle *handle = decoder->handle;
@@ -189,6 +215,10 @@ lk_status lk_decoder_create(lk_handle *handle, const lk_decoder_args *args, lk_d
                                                      : made->layers[i / 2].attention_norm;
             handle->cpu->isa->to_float(args->dtype, norm, made->norms.data() + i * args->width, args->width);
         }
+        use_large_pages(own.head.data, bytes_of(own.head));
+        for (const lk_layer &layer : made->layers)
+            for (const lk_weight *weight : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down})
+                use_large_pages(weight->data, bytes_of(*weight));
         *decoder = made.release();
         return LK_OK;
     });

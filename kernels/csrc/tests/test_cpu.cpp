@@ -282,7 +282,7 @@ static void decode(lk_handle *handle) {
                     const double right = exact[s][(size_t)(t * Tiny::WIDTH + i)];
                     CHECK(std::fabs(hidden[(size_t)(row * Tiny::WIDTH + i)] - right) < 2e-5 * (1 + std::fabs(right)));
                 }
-        CHECK(lk_decoder_head(tiny.decoder, 2, hidden.data(), logits.data()) == LK_OK);
+        CHECK(lk_decoder_head(tiny.decoder, std::min<int64_t>(2, step.tokens), hidden.data(), logits.data()) == LK_OK);
         const List<double> first(hidden.begin(), hidden.begin() + Tiny::WIDTH);
         const List<double> right = Tiny::times(tiny.head, Tiny::normed(first.data(), tiny.norms[2 * Tiny::LAYERS]));
         for (int i = 0; i < Tiny::VOCAB; i++) CHECK(std::fabs(right[(size_t)i] - logits[(size_t)i]) < 1e-4 * (1 + std::fabs(right[(size_t)i])));
