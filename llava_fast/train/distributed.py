@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from llava_fast.batch import PackedBatch
 from llava_fast.config import IGNORE, ModelConfig
 from llava_fast.errors import ConfigError
 from llava_fast.model import Llava
 from llava_fast.model.lora import attach, lora_of
+
+if TYPE_CHECKING:  # a second to import, which one process alone need not wait
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -141,6 +143,8 @@ def _attempt() -> str:
 
 def mesh_of(device: torch.device, size: int, group: int) -> DeviceMesh:
     """``size`` devices in copies of ``group`` shards; without the dimension of the copies when there is one."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     copies = size // group
     shape, names = ((copies, group), ("replicate", "shard")) if copies > 1 else ((group,), ("shard",))
     return init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -154,6 +158,8 @@ def share_out(model: Llava, world: World, *, train_decoder: bool, shard_frozen: 
     every rank, so a batch without an image misses no collective. So does a frozen decoder, unless ``shard_frozen``.
     Below LoRA adapters, which are shared out in float32 like all that is trained, the frozen weights are too.
     """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     assert world.mesh is not None
     dtype = model.dtype
     policy = MixedPrecisionPolicy(
@@ -169,7 +175,7 @@ def share_out(model: Llava, world: World, *, train_decoder: bool, shard_frozen: 
         if module is model:
             kw |= {"ignored_params": set(model.vision_tower.parameters())}
         for param in module.parameters():
-            if param.requires_grad and not isinstance(param, DTensor):
+            if param.requires_grad and not is_shared(param):
                 param.data = param.data.float()
         fully_shard(module, **kw)
         assert isinstance(module, FSDPModule)
@@ -179,15 +185,23 @@ def share_out(model: Llava, world: World, *, train_decoder: bool, shard_frozen: 
         register_fsdp_forward_method(model, "loss")
 
 
+def is_shared(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether ``tensor`` is shared out among ranks; it cannot be where nothing has imported DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a parameter or gradient, in the same memory; a whole tensor as it is."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if is_shared(tensor) else tensor
 
 
 def like(param: Tensor, shard: Tensor) -> Tensor:
     """``shard`` as the part of a tensor that is laid out as ``param`` is."""
-    if not isinstance(param, DTensor):
+    if not is_shared(param):
         return shard
+    from torch.distributed.tensor import DTensor
+
     whole = DTensor.from_local(
         shard, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
@@ -196,9 +210,11 @@ def like(param: Tensor, shard: Tensor) -> Tensor:
 
 def part_for(param: Tensor, value: Tensor) -> Tensor:
     """Of ``value``, whole or shared out as ``param`` is, what this rank holds of ``param``."""
-    if not isinstance(param, DTensor):
+    if not is_shared(param):
         return value
-    if not isinstance(value, DTensor):
+    if not is_shared(value):
+        from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
     return value.to_local()
 
@@ -206,8 +222,10 @@ def part_for(param: Tensor, value: Tensor) -> Tensor:
 def norm_of(gradients: list[Tensor], param: Tensor) -> Tensor:
     """Norm () of ``gradients``, this rank's shards where they are shared as ``param`` is; no host waits for it."""
     norm = torch.nn.utils.get_total_norm(gradients)
-    if not isinstance(param, DTensor):
+    if not is_shared(param):
         return norm
+    from torch.distributed.tensor import Shard
+
     total = norm.square().float()
     dimension = [isinstance(p, Shard) for p in param.placements].index(True)
     dist.all_reduce(total, group=param.device_mesh.get_group(dimension))
@@ -225,7 +243,7 @@ def gathered(model: Llava, world: World, names: set[str], dtype: torch.dtype) ->
     for name, param in model.named_parameters():
         if name not in names:
             continue
-        value = param.full_tensor() if isinstance(param, DTensor) else param
+        value = param.full_tensor() if is_shared(param) else param
         if whole:
             path, _, leaf = name.rpartition(".")
             copy = nn.Parameter(value.to("cpu", dtype, copy=True), requires_grad=False)

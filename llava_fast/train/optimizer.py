@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from llava_fast.errors import ConfigError
-from llava_fast.train.distributed import like, local, norm_of, part_for
+from llava_fast.train.distributed import is_shared, like, local, norm_of, part_for
 
 
 def cosine(step: int, total: int, warmup_ratio: float) -> float:
@@ -75,7 +74,7 @@ class MasterAdamW:
         )
 
     def _master_of(self, name: str, param: nn.Parameter) -> Tensor:
-        if not isinstance(param, DTensor) and param.dtype != torch.float32:
+        if not is_shared(param) and param.dtype != torch.float32:
             param.register_post_accumulate_grad_hook(partial(self._collect, name))
         there = local(param).detach() if self.offload else local(param)
         if self.offload:
@@ -132,7 +131,7 @@ class MasterAdamW:
     @torch.no_grad()
     def _publish(self) -> None:
         for name, param in self.params.items():
-            if self.offload or not (isinstance(param, DTensor) or param is self.masters[name]):
+            if self.offload or not (is_shared(param) or param is self.masters[name]):
                 local(param).copy_(self.masters[name], non_blocking=True)
         if self.offload:
             _wait_for_copies()
@@ -150,7 +149,7 @@ class MasterAdamW:
         """An empty tensor to read ``name`` of :meth:`state` into: this rank's shard where the parameter is shared."""
         name = name.partition(".")[2]
         param = self.params.get(name)
-        if isinstance(param, DTensor) and whole.dim():
+        if param is not None and is_shared(param) and whole.dim():
             return like(param, torch.empty_like(self.masters[name], dtype=whole.dtype))
         return torch.empty_like(whole, device="cpu")
 

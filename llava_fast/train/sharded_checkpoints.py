@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from llava_fast.errors import CheckpointError
 from llava_fast.train import checkpoints
@@ -39,6 +37,8 @@ class ShardWriter(checkpoints.Writer):
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Every rank calls it."""
+        import torch.distributed.checkpoint as dcp  # takes a second, which one process alone need not wait
+
         self.wait()
         part = self.folder / f".step-{step:08d}.part"
         self.world.on_main(lambda: _make_anew(part))
@@ -119,6 +119,9 @@ def read(path: Path, world: World, layout: Callable[[str, Tensor], Tensor]) -> d
     """
     if (path / TENSORS).exists():
         return load_file(path / TENSORS)
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     target = {
         name: layout(name, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta"))
