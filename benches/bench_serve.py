@@ -144,7 +144,8 @@ def test_first_token(benchmark, served, impl):
             time.sleep(0.001)
         engine.clear_caches()
 
-    assert over_http() == direct() or engine._model.dtype != torch.float32
+    # A chunk may have more than one token in it.
+    assert over_http().startswith(direct()) or engine._model.dtype != torch.float32
     benchmark.pedantic({"server": over_http, "engine": direct}[impl], setup=forget, rounds=15, warmup_rounds=2)
     loop.run_until_complete(http.aclose())
     loop.close()

@@ -43,6 +43,10 @@ class Handle:
         if self._finish(CancelledError(f"request {self.request_id!r} was cancelled")):
             cancel()
 
+    def take(self) -> list[Delta]:
+        """The deltas that are there already, which no iterator will give again; waits for none."""
+        return [self._deltas.popleft() for _ in range(len(self._deltas))]
+
     def result(self, timeout: float | None = None) -> Completion:
         """The whole completion, once it is there.
 

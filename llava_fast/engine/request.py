@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,6 +187,24 @@ class Delta:
     finish_reason: str | None = None
     index: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+def joined(deltas: Iterable[Delta]) -> list[Delta]:
+    """The same news with one delta an answer."""
+    by_index: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        by_index.setdefault(delta.index, []).append(delta)
+    return [parts[0] if len(parts) == 1 else _join(parts) for parts in by_index.values()]
+
+
+def _join(parts: list[Delta]) -> Delta:
+    return Delta(
+        text="".join(part.text for part in parts),
+        token_ids=tuple(token for part in parts for token in part.token_ids),
+        finish_reason=parts[-1].finish_reason,
+        index=parts[0].index,
+        logprobs=tuple(score for part in parts for score in part.logprobs),
+    )
 
 
 @dataclass

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llava_fast.engine import Completion, Delta, Handle
+from llava_fast.engine.request import joined
 from llava_fast.errors import LlavaError
 from llava_fast.serve import problems
 from llava_fast.serve.forms import Form, usage_of
@@ -131,17 +132,19 @@ class Answer(Response):
         answers = len(self._handles[0]._completion.outputs)
         deltas = self._deltas()
         try:
-            async for prompt, delta in deltas:
+            async for found in deltas:
                 if not begun:  # the first token decides the status: until then an error is an HTTP error
                     await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
-                index, events = prompt * answers + delta.index, b""
-                if index not in begun:
-                    begun.add(index)
-                    opening = self._form.opening(prompt)
-                    if opening is not None:
-                        events += _event(self._form.chunk([{"index": index, **opening}], **usage))
-                if delta.text or delta.finish_reason or delta.logprobs:
-                    events += _event(self._form.chunk([self._form.piece(index, delta)], **usage))
+                events = b""
+                for prompt, delta in found:
+                    index = prompt * answers + delta.index
+                    if index not in begun:
+                        begun.add(index)
+                        opening = self._form.opening(prompt)
+                        if opening is not None:
+                            events += _event(self._form.chunk([{"index": index, **opening}], **usage))
+                    if delta.text or delta.finish_reason or delta.logprobs:
+                        events += _event(self._form.chunk([self._form.piece(index, delta)], **usage))
                 if events:
                     await patient(events, True)
         except LlavaError as error:
@@ -154,11 +157,13 @@ class Answer(Response):
         await self._end(visit, completions)
         await patient(last + b"data: [DONE]\n\n", False)
 
-    async def _deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """What is new in any of the answers, with the number of its prompt."""
+    async def _deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        """What is new in the answers, with the number of its prompt. Of one prompt all that is there at once: a loop
+        that falls behind the engine catches up by larger chunks."""
         if len(self._handles) == 1:
-            async for delta in self._handles[0]:
-                yield 0, delta
+            handle = self._handles[0]
+            async for delta in handle:
+                yield [(0, one) for one in joined([delta, *handle.take()])]
             return
         queue: asyncio.Queue[tuple[int, Delta | LlavaError | None]] = asyncio.Queue()
 
@@ -180,7 +185,7 @@ class Answer(Response):
                 if found is None:
                     left -= 1
                 else:
-                    yield prompt, found
+                    yield [(prompt, found)]
         finally:
             for task in tasks:
                 task.cancel()
