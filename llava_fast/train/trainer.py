@@ -222,7 +222,7 @@ class Trainer:
         """Remember what run this folder is of; refuse to go on with a different one."""
         free = (
             *("workers", "log_every", "save_every", "keep", "eval_every", "shard_size", "shard_frozen"),
-            *("activation_checkpointing", "compile", "profile", "optimizer"),
+            *("activation_checkpointing", "compile", "profile", "optimizer", "feature_cache"),
         )  # these change nothing that is learned, or its rounding alone
         chosen = {k: v for k, v in dataclasses.asdict(self.recipe).items() if k not in free}
         mine = {"recipe": chosen, "data": data, "model": dataclasses.asdict(self.model.config)}

@@ -210,6 +210,7 @@ def test_kernels_are_told_apart():
 def test_other_ways_to_save_memory_may_change_between_starts(tmp_path):
     make_trainer(tmp_path, None, out="run").run()
     make_trainer(tmp_path, None, out="run", activation_checkpointing="full", profile=True).run()
+    make_trainer(tmp_path, None, out="run", feature_cache=str(tmp_path / "cache")).run()
 
 
 # ---- operations and memory
