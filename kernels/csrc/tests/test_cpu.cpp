@@ -9,13 +9,10 @@
 #include <thread>
 #include <vector>
 
+#include "checking.h"
 #include "llava_kernels.h"
 
-static int failures;
 static std::mt19937 generator(0);
-
-#define CHECK(condition) \
-    do { if (!(condition)) failures++, std::printf("line %d: %s\n", __LINE__, #condition); } while (0)
 
 template <class T>
 using List = std::vector<T>;
@@ -25,18 +22,6 @@ static List<float> normal(int64_t count) {
     List<float> values((size_t)count);
     for (float &value : values) value = draw(generator);
     return values;
-}
-
-static uint16_t half(float f) {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    return (uint16_t)((bits + 0x8000) >> 16);
-}
-static float whole(uint16_t h) {
-    const uint32_t bits = (uint32_t)h << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
 }
 
 struct Matrix {

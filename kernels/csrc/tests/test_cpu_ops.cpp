@@ -7,25 +7,10 @@
 #include <random>
 #include <vector>
 
+#include "checking.h"
 #include "llava_kernels.h"
 
-static int failures;
 static std::mt19937 generator(1);
-
-#define CHECK(condition) \
-    do { if (!(condition)) failures++, std::printf("line %d: %s\n", __LINE__, #condition); } while (0)
-
-static uint16_t half(float f) {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    return (uint16_t)((bits + 0x8000) >> 16);
-}
-static float whole(uint16_t h) {
-    const uint32_t bits = (uint32_t)h << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
 
 // Numbers in one of the two types, exactly as many as are asked for: AddressSanitizer sees a read past the last.
 struct Array {
