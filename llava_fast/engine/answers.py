@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from llava_fast.engine.request import Delta, TokenLogprob
 from llava_fast.engine.sampler import Logprobs
 from llava_fast.engine.sequence import Sequence
 
@@ -18,23 +17,24 @@ def deliver(sequence: Sequence, token: int, logprobs: Logprobs | None, row: int)
     Returns:
         Why the answer ends here, "stop" or "length"; None where it goes on.
     """
-    sampling = sequence.sampling
-    answered = sequence.known - len(sequence.prompt.ids)
+    sampling, stream = sequence.sampling, sequence.text
+    answered = sequence.known - sequence.asked
     text, stopped, reason = "", False, None
     if token in sequence.stop_ids and answered > sampling.min_tokens:
         reason = "stop"
     else:
-        text, stopped = sequence.text.push(token, may_stop=answered >= sampling.min_tokens)
+        if stream.watches:
+            text, stopped = stream.push(token, may_stop=answered >= sampling.min_tokens)
         if stopped:
             reason = "stop"
         elif answered == sequence.limit:
             reason = "length"
-    if reason and not stopped:
-        text += sequence.text.finish()
-    scores: tuple[TokenLogprob, ...] = ()
-    if sampling.logprobs is not None and logprobs is not None:
-        scores = (logprobs.of_token(row, token, sampling.logprobs),)
-    sequence.job.handle._publish(Delta(text, (token,), reason, sequence.index, scores))
+    if reason and stream.watches and not stopped:
+        text += stream.finish()
+    score = None
+    if logprobs is not None and sampling.logprobs is not None:
+        score = logprobs.of_token(row, token, sampling.logprobs)
+    sequence.job.handle._publish(sequence.index, token, reason, text, score)
     return reason
 
 

@@ -244,8 +244,9 @@ class Engine:
         if isinstance(found, Exception):
             self._end(job, found)
             return
-        job.handle._describe(found, scored=job.request.sampling.prompt_logprobs is not None)
         made = self._sequences(job, found)
+        texts = [sequence.text for sequence in made]
+        job.handle._describe(found, texts, scored=job.request.sampling.prompt_logprobs is not None)
         job.sequences, job.forks = made[:1], made[1:]
         self._scheduler.add(job.sequences[0])
 
@@ -286,7 +287,8 @@ class Engine:
             self._launched.append(step)
             self._stats.count_step(step.chunks, self._runner.images_seen)
         for chunk in chunks:
-            self._fork(chunk.sequence.job)
+            if chunk.sequence.job.forks:
+                self._fork(chunk.sequence.job)
 
     def _launch_apart(self, chunks: list[Chunk], error: Exception) -> list[Launched]:
         """After an exception: each sequence by itself, so that only those fail that cannot be computed. They begin
@@ -324,7 +326,7 @@ class Engine:
 
     def _fork(self, job: Job) -> None:
         """Once the first answer's prompt is computed the others begin, and find it in the cache."""
-        if not job.forks or not job.sequences:
+        if not job.sequences:
             return
         first = job.sequences[0]
         if first.computed >= len(first.prompt.ids):
@@ -338,23 +340,25 @@ class Engine:
         for sequence, places, logprobs in step.prompts:
             if not sequence.finished:
                 keep_prompt_logprobs(sequence, places, logprobs)
+        ended = 0
         for row, (sequence, token) in enumerate(zip(step.sequences, step.tokens.tolist(), strict=True)):
             sequence.append(token)
             if sequence.finished:  # cancelled, or it had ended with the token before
+                ended += 1
                 continue
-            if sequence.slot >= 0:
+            if sequence.slot >= 0 and sequence.known <= sequence.computed:  # else the step's launch has done it
                 self._scheduler.publish(sequence)
             job = sequence.job
             if not job.answered:
                 job.answered = True
                 self._stats.count_first_token(job.handle._first_token(job.submitted))
-            self._stats.generated_tokens += 1
             reason = deliver(sequence, token, step.logprobs, row)
             if reason:
                 self._scheduler.remove(sequence)
                 job.sequences.remove(sequence)
                 if not job.sequences and not job.forks:
                     self._end(job, None, reason)
+        self._stats.generated_tokens += len(step.sequences) - ended
 
     def _end(self, job: Job, error: Exception | None, reason: str = "cancelled") -> None:
         """A job is done, failed or cancelled: everything that it holds is free afterwards."""

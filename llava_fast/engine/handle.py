@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from threading import Condition
 
 from llava_fast.engine.prompt import Prompt
-from llava_fast.engine.request import Completion, Delta, Output
+from llava_fast.engine.request import Completion, Delta, Output, TokenLogprob
+from llava_fast.engine.text import TextStream
 from llava_fast.errors import CancelledError
 
 
 class Handle:
     """A submitted request.
 
-    Iterate over it (``for`` or ``async for``) for the deltas as they come, ask for the whole with :meth:`result` or
+    Iterate over it (``for`` or ``async for``) for the deltas as they come, each with all that is new in an answer; ask for the whole with :meth:`result` or
     ``await handle``, stop it with :meth:`cancel`. As a context manager (``with`` or ``async with``) it is cancelled on
     the way out if it is not done by then. One reader iterates; any number may wait for the result.
     """
@@ -27,7 +27,10 @@ class Handle:
         self._cancel: Callable[[], None] = _nothing
         self._drive = drive  # without a thread of the engine's own, who waits works
         self._changed = Condition()
-        self._deltas: deque[Delta] = deque()
+        self._asleep = 0  # threads that wait for a change
+        self._texts: list[TextStream] = []  # of each answer
+        self._given = [(0, 0)] * n  # tokens and characters of each answer that deltas have given
+        self._news: dict[int, None] = {}  # the answers with more than that, in order
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._done = False
         self._callbacks: list[Callable[[Handle], None]] = []
@@ -44,8 +47,9 @@ class Handle:
             cancel()
 
     def take(self) -> list[Delta]:
-        """The deltas that are there already, which no iterator will give again; waits for none."""
-        return [self._deltas.popleft() for _ in range(len(self._deltas))]
+        """What is new by now, one delta an answer, which no iterator will give again; waits for none."""
+        with self._changed:
+            return [self._delta() for _ in range(len(self._news))]
 
     def result(self, timeout: float | None = None) -> Completion:
         """The whole completion, once it is there.
@@ -74,19 +78,17 @@ class Handle:
     def __iter__(self) -> Iterator[Delta]:
         """The deltas of all answers as they come. Raises as :meth:`result` when the request fails."""
         while True:
-            self._wait(lambda: bool(self._deltas) or self._done, None)
-            if not self._deltas:
-                self._outcome()
+            self._wait(lambda: bool(self._news) or self._done, None)
+            if (delta := self._next()) is None:
                 return
-            yield self._deltas.popleft()
+            yield delta
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while True:
-            await self._async_wait(lambda: bool(self._deltas) or self._done)
-            if not self._deltas:
-                self._outcome()
+            await self._async_wait(lambda: bool(self._news) or self._done)
+            if (delta := self._next()) is None:
                 return
-            yield self._deltas.popleft()
+            yield delta
 
     def __await__(self) -> Generator[None, None, Completion]:
         yield from self._async_wait(lambda: self._done).__await__()
@@ -104,6 +106,39 @@ class Handle:
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
+    def _next(self) -> Delta | None:
+        """What is new in one answer; None at the end."""
+        with self._changed:
+            if self._news:
+                return self._delta()
+        self._outcome()
+        return None
+
+    def _delta(self) -> Delta:
+        """What is new in the first answer with news; under the lock."""
+        index = next(iter(self._news))
+        del self._news[index]
+        self._spell(index)
+        output, (tokens, characters) = self._completion.outputs[index], self._given[index]
+        self._given[index] = len(output.token_ids), len(output.text)
+        return Delta(
+            output.text[characters:],
+            tuple(output.token_ids[tokens:]),
+            output.finish_reason,
+            index,
+            tuple(output.logprobs[tokens:]),
+        )
+
+    def _spell(self, index: int) -> None:
+        """The text of an answer's tokens so far, where the engine did not have to look at it; under the lock."""
+        stream, output = self._texts[index], self._completion.outputs[index]
+        if stream.watches:
+            return
+        spoken = len(output.token_ids) - (output.finish_reason == "stop")  # the token that ends an answer is no text
+        output.text += stream.push(*output.token_ids[len(stream) : spoken])[0]
+        if output.finish_reason:
+            output.text += stream.finish()
+
     def _outcome(self) -> Completion:
         if self._completion.error is not None:
             raise self._completion.error
@@ -120,7 +155,9 @@ class Handle:
                     raise TimeoutError(f"request {self.request_id!r} is not done after {timeout} s; it goes on")
                 drive = self._drive
                 if drive is None:
+                    self._asleep += 1
                     self._changed.wait(left)
+                    self._asleep -= 1
                     continue
             drive()
 
@@ -141,8 +178,9 @@ class Handle:
     def _on_cancel(self, act: Callable[[], None]) -> None:
         self._cancel = act
 
-    def _describe(self, prompt: Prompt, scored: bool) -> None:
-        completion = self._completion
+    def _describe(self, prompt: Prompt, texts: list[TextStream], scored: bool) -> None:
+        """texts: one an answer, to which the engine pushes where they watch, else the handle as it is read."""
+        completion, self._texts = self._completion, texts
         completion.prompt_tokens, completion.image_tokens = len(prompt.ids), prompt.rows * len(prompt.images)
         completion.prompt_logprobs = [None] * len(prompt.ids) if scored else None
 
@@ -153,19 +191,31 @@ class Handle:
         self._completion.first_token_s = time.monotonic() - submitted
         return self._completion.first_token_s
 
-    def _publish(self, delta: Delta) -> None:
+    def _publish(
+        self, index: int, token: int, reason: str | None, text: str = "", score: TokenLogprob | None = None
+    ) -> None:
+        """A new token of an answer; ``text``: where its stream watches."""
         with self._changed:
             if self._done:
                 return
-            self._completion.outputs[delta.index].add(delta)
-            self._deltas.append(delta)
-            self._wake()
+            output = self._completion.outputs[index]
+            output.token_ids.append(token)
+            output.finish_reason = reason
+            if text:
+                output.text += text
+            if score is not None:
+                output.logprobs.append(score)
+            self._news[index] = None
+            if self._asleep or self._waiting:
+                self._wake()
 
     def _finish(self, error: Exception | None, total_s: float | None = None) -> bool:
         """Returns whether this call was the one that ended it."""
         with self._changed:
             if self._done:
                 return False
+            for index in range(len(self._texts)):
+                self._spell(index)
             self._completion.error, self._completion.total_s = error, total_s
             self._done = True
             self._cancel, self._drive = _nothing, None  # the engine must not be kept by what it has finished

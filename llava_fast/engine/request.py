@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,12 @@ class SamplingParams:
     def penalizes(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is all that is wanted."""
+        touched = self.penalizes or self.logit_bias or self.min_tokens or self.logprobs is not None
+        return self.greedy and not touched
+
 
 def _whole(name: str, value: Any, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
@@ -172,7 +178,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new in one answer of a request.
+    """What is new in one answer of a request since the delta before: one token, or as many as came meanwhile.
 
     Attributes:
         text: may be empty: characters that could still become a stop text, or are not complete, are held back.
@@ -189,24 +195,6 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-def joined(deltas: Iterable[Delta]) -> list[Delta]:
-    """The same news with one delta an answer."""
-    by_index: dict[int, list[Delta]] = {}
-    for delta in deltas:
-        by_index.setdefault(delta.index, []).append(delta)
-    return [parts[0] if len(parts) == 1 else _join(parts) for parts in by_index.values()]
-
-
-def _join(parts: list[Delta]) -> Delta:
-    return Delta(
-        text="".join(part.text for part in parts),
-        token_ids=tuple(token for part in parts for token in part.token_ids),
-        finish_reason=parts[-1].finish_reason,
-        index=parts[0].index,
-        logprobs=tuple(score for part in parts for score in part.logprobs),
-    )
-
-
 @dataclass
 class Output:
     """One whole answer; the fields are those of :class:`Delta`, added up."""
@@ -216,12 +204,6 @@ class Output:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    def add(self, delta: Delta) -> None:
-        self.text += delta.text
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs
-        self.finish_reason = delta.finish_reason or self.finish_reason
 
 
 @dataclass

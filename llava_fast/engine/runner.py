@@ -102,10 +102,11 @@ class Runner:
     def launch(self, chunks: list[Chunk]) -> Launched:
         """Start one step. On CUDA it returns before the step is done."""
         with self.on_stream():
-            for chunk in chunks:
-                if not chunk.sequence.on_device and chunk.sequence.written == 0:
+            reading = [c for c in chunks if not c.sequence.on_device]
+            for chunk in reading:
+                if chunk.sequence.written == 0:
                     self.sampler.admit(chunk.sequence)
-            self._see([image for c in chunks for image in self._needed(c)])
+            self._see([image for c in reading for image in self._needed(c)])
             inputs = build(chunks, self.tables, self.config.block_size)
             recorded = self.decode_graphs is not None and inputs.only_decodes
             sent = upload(inputs.draws if recorded else inputs.arrays, self.device)

@@ -9,7 +9,7 @@ from llava_fast.engine.blocks import BlockPool
 from llava_fast.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: making one a token would take three times as long
 class Chunk:
     """Tokens ``start`` to ``start + count - 1`` of a sequence, whose keys and values the step computes.
 
@@ -76,29 +76,32 @@ class Scheduler:
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.computed = chunk.start + chunk.count
-            sequence.in_flight += chunk.draws
-            sequence.on_device |= chunk.draws
+            if chunk.draws:
+                sequence.length += 1
+                sequence.on_device = True
             self.publish(sequence)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others find the full blocks of a running sequence whose tokens are computed and known."""
-        blocks, size = sequence.blocks, self.block_size
-        while (done := len(sequence.chain)) < min(sequence.computed, sequence.known) // size:
-            sequence.chain.append(self.pool.publish(blocks[done], sequence.key(done, size)))
+        size = self.block_size
+        full = sequence.computed // size if sequence.computed < sequence.known else sequence.known // size
+        while (done := len(sequence.chain)) < full:
+            sequence.chain.append(self.pool.publish(sequence.blocks[done], sequence.key(done, size)))
 
     def _continue_running(self) -> list[Chunk]:
         chunks = []
+        waiting = [(sequence, sequence.pending) for sequence in self.running]
         # A prompt in chunks must not hold up the answers behind it: their tokens are set aside first.
-        room = self.max_step_tokens - sum(s.pending == 1 for s in self.running)
-        for sequence in list(self.running):
-            if sequence.slot < 0:  # gave way to one before it
+        room = self.max_step_tokens - sum(pending == 1 for _, pending in waiting)
+        for sequence, pending in waiting:
+            count = 1 if pending == 1 else min(pending, room)
+            if not count or sequence.slot < 0:  # gave way to one before it
                 continue
-            pending = sequence.pending
-            count = min(pending, 1 if pending == 1 else room)
-            if not count or not self._extend(sequence, sequence.computed + count):
+            end = sequence.computed + count
+            if end > len(sequence.blocks) * self.block_size and not self._extend(sequence, end):
                 continue
             room -= count if pending > 1 else 0
-            chunks.append(_chunk(sequence, count))
+            chunks.append(Chunk(sequence, sequence.computed, count, end == sequence.length))
         return chunks
 
     def _extend(self, sequence: Sequence, length: int) -> bool:

@@ -20,8 +20,10 @@ class Sequence:
 
     Attributes:
         ids: (capacity,) int64, of which the first ``known`` are filled.
+        asked: tokens of the prompt.
         known: tokens on the host.
-        in_flight: tokens that a launched step draws and the host has not read yet.
+        length: those and the ones that launched steps draw and the host has not read yet.
+        plain: the likeliest token is taken and nothing about it is told: no bias, penalty or log-probability.
         computed: tokens whose keys and values a launched step has put, or will put, into the cache.
         blocks: its blocks of the cache, in order.
         chain: the published number of each of its full blocks.
@@ -33,8 +35,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "blocks", "chain", "computed", "finished", "ids", "in_flight", "index", "job", "known", "limit", "on_device",
-        "order", "prompt", "root", "sampling", "scored", "seed", "slot", "stop_ids", "text", "written",
+        "asked", "blocks", "chain", "computed", "finished", "ids", "index", "job", "known", "length", "limit",
+        "on_device", "order", "plain", "prompt", "root", "sampling", "scored", "seed", "slot", "stop_ids", "text",
+        "written",
     )  # fmt: skip
 
     def __init__(
@@ -54,10 +57,11 @@ class Sequence:
         self.job, self.prompt, self.sampling = job, prompt, sampling
         self.index, self.limit, self.order, self.root, self.seed = index, limit, order, root, seed
         self.stop_ids, self.text = stop_ids, text
-        self.known = len(prompt.ids)
+        self.asked = self.known = self.length = len(prompt.ids)
         self.ids = np.empty(self.known + limit, dtype=np.int64)
         self.ids[: self.known] = prompt.ids
-        self.in_flight = self.computed = self.written = 0
+        self.computed = self.written = 0
+        self.plain = sampling.plain
         scores = sampling.prompt_logprobs is not None and index == 0
         self.scored = 1 if scores else self.known  # nothing predicts the first
         self.slot = -1
@@ -66,23 +70,24 @@ class Sequence:
         self.chain: list[int] = []
 
     @property
-    def length(self) -> int:
-        return self.known + self.in_flight
+    def in_flight(self) -> int:
+        """Tokens that launched steps draw and the host has not read yet."""
+        return self.length - self.known
 
     @property
     def generated(self) -> int:
-        """Tokens of the answer, those that the host has not read yet included."""
-        return self.length - len(self.prompt.ids)
+        """Tokens of the answer, those in flight included."""
+        return self.length - self.asked
 
     @property
     def pending(self) -> int:
         """Tokens that the next step could compute."""
-        return 0 if self.generated >= self.limit else self.length - self.computed
+        return 0 if self.length >= self.asked + self.limit else self.length - self.computed
 
     def append(self, token: int) -> None:
+        """A token that was in flight has come."""
         self.ids[self.known] = token
         self.known += 1
-        self.in_flight -= 1
 
     def key(self, index: int, block_size: int) -> Key:
         """What block ``index``, which must be full, is found by; the blocks before it must have their numbers."""

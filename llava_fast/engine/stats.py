@@ -91,7 +91,8 @@ class Stats:
         self.steps += 1
         self.images = images
         for chunk in chunks:
-            self.prompt_tokens += max(0, min(chunk.start + chunk.count, len(chunk.sequence.prompt.ids)) - chunk.start)
+            if (asked := chunk.sequence.asked) > chunk.start:
+                self.prompt_tokens += min(chunk.count, asked - chunk.start)
 
     def count_first_token(self, seconds: float) -> None:
         self.first_tokens += 1

@@ -14,19 +14,28 @@ class TextStream:
     """Text of a growing list of tokens, cut off at the first stop text.
 
     Held back are characters whose bytes are incomplete and text that may be the beginning of a stop text.
+
+    Attributes:
+        watches: whether there are stop texts, so that every token must be looked at as it comes. Otherwise several at
+            a time cost as much as one.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], include_stop: bool):
         self._tokenizer, self._stops, self._include = tokenizer, tuple(stops), include_stop
+        self.watches = bool(self._stops)
         self._ids: list[int] = []
         self._from = 0  # decoding starts here: far enough back for what joins tokens, such as spaces
         self._whole = 0  # the text up to this token ends with a whole character
         self._taken = 0  # characters of the text from `_from` on that are in `_held` or were given out
         self._held = ""
 
-    def push(self, token: int, may_stop: bool = True) -> tuple[str, bool]:
-        """One token more. Returns the text that is certain now, and whether a stop text was found."""
-        self._ids.append(token)
+    def __len__(self) -> int:
+        """Tokens so far."""
+        return len(self._ids)
+
+    def push(self, *tokens: int, may_stop: bool = True) -> tuple[str, bool]:
+        """Tokens that are new. Returns the text that is certain now, and whether a stop text was found."""
+        self._ids += tokens
         now = self._tokenizer.decode(self._ids[self._from :])
         certain = len(now)
         while certain and len(now) - certain < MOST_UNFINISHED and now[certain - 1] == UNFINISHED:
@@ -40,10 +49,15 @@ class TextStream:
         return self._take(may_stop)
 
     def finish(self) -> str:
-        """What was held back, once no more tokens come and no stop text was found."""
-        return self._held + self._tokenizer.decode(self._ids[self._from :])[self._taken :]
+        """What was held back, once no more tokens come and no stop text was found; asked again, nothing."""
+        now = self._tokenizer.decode(self._ids[self._from :])
+        text, self._held, self._taken = self._held + now[self._taken :], "", len(now)
+        return text
 
     def _take(self, may_stop: bool) -> tuple[str, bool]:
+        if not self._stops:
+            text, self._held = self._held, ""
+            return text, False
         found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0] if may_stop else []
         if found:
             at, stop = min(found, key=lambda pair: pair[0])

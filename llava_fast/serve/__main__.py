@@ -44,6 +44,7 @@ LIMITS = {
     "head_seconds": "for the head of a request to arrive",
     "body_seconds": "for the body to arrive",
     "send_seconds": "for a client to take what was sent",
+    "event_seconds": "between two events of a stream at least; 0: a token, an event",
     "drain_seconds": "for running requests after SIGTERM",
     "allow_priority": "let clients set a priority",
 }

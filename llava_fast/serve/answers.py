@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -13,7 +14,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llava_fast.engine import Completion, Delta, Handle
-from llava_fast.engine.request import joined
 from llava_fast.errors import LlavaError
 from llava_fast.serve import problems
 from llava_fast.serve.forms import Form, usage_of
@@ -63,6 +63,7 @@ class Answer(Response):
         form: how the answers are written.
         stream: as server-sent events; ``include_usage``: with a last one that counts tokens.
         send_seconds: how long a client may take to read what was sent.
+        event_seconds: at least so long between two events of a stream.
         finished: called with the completions at the end of an answer that came to its end.
     """
 
@@ -74,13 +75,15 @@ class Answer(Response):
         stream: bool,
         include_usage: bool,
         send_seconds: float,
+        event_seconds: float,
         gate: Gate,
         finished: Finished,
     ):
         super().__init__()
         self._handles, self._form = handles, form
         self._stream, self._include_usage = stream, include_usage
-        self._send_seconds, self._gate, self._finished = send_seconds, gate, finished
+        self._send_seconds, self._event_seconds = send_seconds, event_seconds
+        self._gate, self._finished = gate, finished
         self._left = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -158,20 +161,18 @@ class Answer(Response):
         await patient(last + b"data: [DONE]\n\n", False)
 
     async def _deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        """What is new in the answers, with the number of its prompt. Of one prompt all that is there at once: a loop
-        that falls behind the engine catches up by larger chunks."""
+        """What is new in the answers, all of a prompt's at once, with the number of the prompt."""
         if len(self._handles) == 1:
-            handle = self._handles[0]
-            async for delta in handle:
-                yield [(0, one) for one in joined([delta, *handle.take()])]
+            async for deltas in self._paced(self._handles[0]):
+                yield [(0, delta) for delta in deltas]
             return
-        queue: asyncio.Queue[tuple[int, Delta | LlavaError | None]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, list[Delta] | LlavaError]] = asyncio.Queue()
 
         async def follow(prompt: int, handle: Handle) -> None:
             try:
-                async for delta in handle:
-                    queue.put_nowait((prompt, delta))
-                queue.put_nowait((prompt, None))
+                async for deltas in self._paced(handle):
+                    queue.put_nowait((prompt, deltas))
+                queue.put_nowait((prompt, []))
             except LlavaError as error:
                 queue.put_nowait((prompt, error))
 
@@ -182,13 +183,23 @@ class Answer(Response):
                 prompt, found = await queue.get()
                 if isinstance(found, LlavaError):
                     raise found
-                if found is None:
-                    left -= 1
-                else:
-                    yield [(prompt, found)]
+                left -= not found
+                if found:
+                    yield [(prompt, delta) for delta in found]
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def _paced(self, handle: Handle) -> AsyncIterator[list[Delta]]:
+        """What is new whenever ``event_seconds`` have gone by, and at the end."""
+        ended, loop = asyncio.Event(), asyncio.get_running_loop()
+        handle.add_done_callback(lambda _: _tell(loop, ended))
+        async for delta in handle:
+            yield [delta, *handle.take()]
+            if self._event_seconds and not handle.done:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._event_seconds):
+                        await ended.wait()
 
     async def _end(self, visit: Visit, completions: list[Completion]) -> None:
         usage = usage_of(completions)
@@ -204,6 +215,11 @@ class Answer(Response):
         for completion in completions:
             self._gate.metrics.completed(completion)
         await self._finished(completions)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+        loop.call_soon_threadsafe(event.set)
 
 
 def _json(value: Any) -> bytes:

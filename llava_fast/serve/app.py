@@ -184,6 +184,7 @@ class _Server:
             stream=bool(asked.stream),
             include_usage=bool(options and options.include_usage),
             send_seconds=self.settings.send_seconds,
+            event_seconds=self.settings.event_seconds,
             gate=self.gate,
             finished=finished,
         )

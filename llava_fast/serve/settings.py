@@ -35,6 +35,9 @@ class Settings:
         request_seconds: from a request's first byte to the end of its answer.
         head_seconds: for the head of a request to arrive; the command line's server keeps it, an app cannot.
         body_seconds: for the whole body to arrive; send_seconds: for a client to take what was sent.
+        event_seconds: at least so long between two events of a stream, each with all that is new; the first comes at
+            once, and so does the end. 0 for one as soon as there is anything: at thousands of tokens a second what
+            sends them then takes more of the processor than what makes them.
         drain_seconds: for running requests to end after SIGTERM.
         health_seconds: within which ``/health`` answers; its verdict is good for ``health_age_seconds``.
         allow_priority: let clients say which request comes first.
@@ -66,6 +69,7 @@ class Settings:
     head_seconds: float = 10.0
     body_seconds: float = 30.0
     send_seconds: float = 30.0
+    event_seconds: float = 0.02
     drain_seconds: float = 60.0
     health_seconds: float = 10.0
     health_age_seconds: float = 1.0
@@ -77,7 +81,7 @@ class Settings:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            least = 0 if one.name in ("max_images", "drain_seconds", "health_age_seconds") else 1e-3
+            least = 0 if one.name in ("max_images", "event_seconds", "drain_seconds", "health_age_seconds") else 1e-3
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and not least <= value < math.inf:
                 raise ConfigError(f"{one.name}={value} must be above 0 and finite")
