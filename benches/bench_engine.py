@@ -54,13 +54,14 @@ class Pair:
     theirs: LlavaForConditionalGeneration
     processor: lf.Processor
 
-    def engine(self, impl: str = "ours") -> lf.Engine:
-        """impl: "ours", or with the weights quantized "ours int8" and "ours int4"."""
+    def engine(self, impl: str = "ours", background: bool = False) -> lf.Engine:
+        """impl: "ours", or with the weights quantized "ours int8" and "ours int4". background: read pictures on threads
+        of their own, as the engine does by default; for one request at a time it makes no difference."""
         config = lf.EngineConfig(kv_cache_bytes=1 << 30, max_sequences=64)
         model = self.model
         if impl.startswith("ours "):
             quantize(model := deepcopy(model), impl.removeprefix("ours "))
-        return lf.Engine(model, self.processor, config, background=False)
+        return lf.Engine(model, self.processor, config, background=background)
 
     @torch.inference_mode()
     def generate(self, requests: list[lf.Request]) -> list[list[int]]:
@@ -169,7 +170,7 @@ def run(
     benchmark, pair: Pair, impl: str, requests: list[lf.Request], rounds: int, before: lf.Request | None = None
 ) -> None:
     """Time one pass over ``requests`` with nothing remembered but ``before``."""
-    with pair.engine(impl) as engine:
+    with pair.engine(impl, background=len(requests) > 1) as engine:
 
         def forget() -> None:
             engine.clear_caches()

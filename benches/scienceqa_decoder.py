@@ -3,9 +3,10 @@
     python -m benches.scienceqa_decoder --problems problems.json OUT
 
 Every problem is a sequence: question, context, options, lecture, solution and answer, all of it learned. The problems
-of the official split "val" are left out. Unless a tokenizer is given, a vocabulary of 4,096 pieces is made from the same
-problems, so that most of the work goes into the layers, which are what is rounded. No published checkpoint of a LLaVA is small enough for a test machine, and a
-random model would tell nothing: its perplexity is that of the uniform distribution whatever rounding does.
+of the official split "val" are left out. Unless a tokenizer is given, a vocabulary of 4,096 pieces is made from the
+same problems, so that most of the work goes into the layers, which are what is rounded. No published checkpoint of a
+LLaVA is small enough for a test machine, and a random model would tell nothing: its perplexity is that of the uniform
+distribution whatever rounding does.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ from llava_fast.errors import CancelledError
 class Handle:
     """A submitted request.
 
-    Iterate over it (``for`` or ``async for``) for the deltas as they come, each with all that is new in an answer; ask for the whole with :meth:`result` or
-    ``await handle``, stop it with :meth:`cancel`. As a context manager (``with`` or ``async with``) it is cancelled on
-    the way out if it is not done by then. One reader iterates; any number may wait for the result.
+    Iterate over it (``for`` or ``async for``) for the deltas as they come, each with all that is new in an answer; ask
+    for the whole with :meth:`result` or ``await handle``, stop it with :meth:`cancel`. As a context manager (``with``
+    or ``async with``) it is cancelled on the way out if it is not done by then. One reader iterates; any number may
+    wait for the result.
     """
 
     def __init__(self, request_id: str, n: int, drive: Callable[[], None] | None):

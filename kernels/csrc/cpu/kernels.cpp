@@ -260,6 +260,44 @@ void few_rows(const lk_weight &weight, const float *x, int64_t stride, int64_t r
     for (; n < count; n++) tiles<W, 1>(weight, first + n, x, stride, rows, out + n, out_stride, add);
 }
 
+typedef float f2 __attribute__((vector_size(8)));
+
+template <class V>
+INLINE void put_part(V part, float *out, bool add) {
+    store(out, add ? load<V>(out) + part : part);
+}
+
+// Lane m of N vectors into N neighbours of row m.
+template <int N>
+INLINE void put_lanes(const vf (&total)[N], float *out, int64_t stride, int64_t rows, bool add) {
+    for (int part = 0; part < L / 4; part++) {
+        f4 v[N];
+        for (int n = 0; n < N; n++) memcpy(&v[n], (const char *)&total[n] + 16 * part, 16);
+        float *to = out + 4 * part * stride;
+        const int64_t some = least(4, rows - 4 * part);
+        int n = 0;
+        for (; n + 4 <= N; n += 4) {
+            const f4 low = __builtin_shufflevector(v[n], v[n + 1], 0, 4, 1, 5);
+            const f4 low2 = __builtin_shufflevector(v[n + 2], v[n + 3], 0, 4, 1, 5);
+            const f4 high = __builtin_shufflevector(v[n], v[n + 1], 2, 6, 3, 7);
+            const f4 high2 = __builtin_shufflevector(v[n + 2], v[n + 3], 2, 6, 3, 7);
+            const f4 row[4] = {__builtin_shufflevector(low, low2, 0, 1, 4, 5), __builtin_shufflevector(low, low2, 2, 3, 6, 7),
+                               __builtin_shufflevector(high, high2, 0, 1, 4, 5), __builtin_shufflevector(high, high2, 2, 3, 6, 7)};
+            for (int m = 0; m < 4; m++)
+                if (m < some) put_part(row[m], to + m * stride + n, add);
+        }
+        for (; n + 2 <= N; n += 2) {
+            const f4 pairs[2] = {__builtin_shufflevector(v[n], v[n + 1], 0, 4, 1, 5),
+                                 __builtin_shufflevector(v[n], v[n + 1], 2, 6, 3, 7)};
+            for (int m = 0; m < 4; m++)
+                if (m < some) put_part(load<f2>((const char *)pairs + 8 * m), to + m * stride + n, add);
+        }
+        for (; n < N; n++)
+            for (int m = 0; m < 4; m++)
+                if (m < some) put_part(v[n][m], to + m * stride + n, add);
+    }
+}
+
 // Many rows: a lane of a vector is a row of x, so that nothing is added up across lanes. R vectors of rows with N of the
 // weight's, over `count` values of K from `w` and `x` on; row and block: bytes and floats from one to the next.
 template <class W, int R, int N>
@@ -280,15 +318,13 @@ void lanes(const char *w, int64_t row, const float *x, int64_t block, int64_t co
             }
         }
     }
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
         for (int n = 0; n < N; n++) {
-            vf sum = total[0][r][n];
-            if (SETS == 2) sum += total[1][r][n];
-            if (k < count) sum += load<vf>(x + r * block + k * L) * W::value(w + n * row);
-            const int64_t some = least(L, rows - r * L);
-            float *to = out + r * L * out_stride + n;
-            for (int64_t m = 0; m < some; m++) to[m * out_stride] = add ? to[m * out_stride] + sum[m] : sum[m];
+            if (SETS == 2) total[0][r][n] += total[1][r][n];
+            if (k < count) total[0][r][n] += load<vf>(x + r * block + k * L) * W::value(w + n * row);
         }
+        put_lanes<N>(total[0][r], out + r * L * out_stride, out_stride, least(L, rows - r * L), add);
+    }
 }
 
 template <class W, int N>
@@ -480,13 +516,19 @@ int64_t argmax(const float *x, int64_t count) { // the first of the largest; a N
 
 // ---- attention: scores of a tile of keys, softmax as it goes along (Milakov and Gimelshein 2018), values
 
-template <int R, int T>
-INLINE void scores(const float *const *q, const float *k, int64_t k_stride, int64_t dim, float *out) {
+// L values of the cache, which holds floats or (as uint16_t) bfloat16.
+INLINE vf some_of(const float *from) { return load<vf>(from); }
+INLINE vf some_of(const uint16_t *from) { return load_bf16(from); }
+INLINE float one_of(const float *from) { return *from; }
+INLINE float one_of(const uint16_t *from) { return from_bf16(*from); }
+
+template <int R, int T, class E>
+INLINE void scores(const float *const *q, const E *k, int64_t k_stride, int64_t dim, float *out) {
     vf total[R][T] = {};
     int64_t d = 0;
     for (; d + L <= dim; d += L) {
         vf key[T];
-        for (int t = 0; t < T; t++) key[t] = load<vf>(k + t * k_stride + d);
+        for (int t = 0; t < T; t++) key[t] = some_of(k + t * k_stride + d);
         for (int r = 0; r < R; r++) {
             const vf v = load<vf>(q[r] + d);
             for (int t = 0; t < T; t++) total[r][t] += v * key[t];
@@ -500,59 +542,44 @@ INLINE void scores(const float *const *q, const float *k, int64_t k_stride, int6
             for (int t = 0; t < T; t++) some[t] = sum(total[r][t]);
         for (int t = 0; t < T; t++) {
             float more = some[t];
-            for (int64_t i = d; i < dim; i++) more += q[r][i] * k[t * k_stride + i];
+            for (int64_t i = d; i < dim; i++) more += q[r][i] * one_of(k + t * k_stride + i);
             out[r * lk::KEY_TILE + t] = more;
         }
     }
 }
 
-template <int R, int V>
-INLINE void weigh(const float *p, const float *v, int64_t v_stride, int64_t tokens, int64_t dim, const float *shrink,
-                  float *out) {
-    int64_t d = 0;
+// Adds to R rows of `out`, from `d` on, as many whole runs of V vectors as there are; returns how far it came.
+template <int R, int V, class E>
+INLINE int64_t weigh_runs(const float *p, const E *v, int64_t v_stride, int64_t tokens, int64_t d, int64_t dim,
+                          const float *shrink, float *out) {
     for (; d + V * L <= dim; d += V * L) {
         vf total[R][V];
         for (int r = 0; r < R; r++)
             for (int i = 0; i < V; i++) total[r][i] = load<vf>(out + r * lk::MAX_HEAD_DIM + d + i * L) * shrink[r];
         for (int64_t t = 0; t < tokens; t++) {
             vf value[V];
-            for (int i = 0; i < V; i++) value[i] = load<vf>(v + t * v_stride + d + i * L);
+            for (int i = 0; i < V; i++) value[i] = some_of(v + t * v_stride + d + i * L);
             for (int r = 0; r < R; r++)
                 for (int i = 0; i < V; i++) total[r][i] += value[i] * p[r * lk::KEY_TILE + t];
         }
         for (int r = 0; r < R; r++)
             for (int i = 0; i < V; i++) store(out + r * lk::MAX_HEAD_DIM + d + i * L, total[r][i]);
     }
+    return d;
+}
+
+template <int R, int V, class E>
+INLINE void weigh(const float *p, const E *v, int64_t v_stride, int64_t tokens, int64_t dim, const float *shrink,
+                  float *out) {
+    int64_t d = weigh_runs<R, V>(p, v, v_stride, tokens, 0, dim, shrink, out);
+    if (V > 4) d = weigh_runs<R, 4>(p, v, v_stride, tokens, d, dim, shrink, out);
+    d = weigh_runs<R, 1>(p, v, v_stride, tokens, d, dim, shrink, out);
     for (; d < dim; d++)
         for (int r = 0; r < R; r++) {
             float total = out[r * lk::MAX_HEAD_DIM + d] * shrink[r];
-            for (int64_t t = 0; t < tokens; t++) total += p[r * lk::KEY_TILE + t] * v[t * v_stride + d];
+            for (int64_t t = 0; t < tokens; t++) total += p[r * lk::KEY_TILE + t] * one_of(v + t * v_stride + d);
             out[r * lk::MAX_HEAD_DIM + d] = total;
         }
-}
-
-// A tile of keys or values as floats, one a row: where it lies if that is possible, else copied.
-const float *gathered(const Attention &task, const void *cache, int64_t first, int64_t count, float *copy,
-                      int64_t *stride) {
-    const int64_t size = task.cache_dtype == LK_FLOAT32 ? 4 : 2;
-    const int64_t block = first / task.block_size, last = (first + count - 1) / task.block_size;
-    // The engine hands out blocks that follow one another where it can.
-    bool in_one_piece = task.block_stride == task.block_size * task.token_stride || block == last;
-    for (int64_t b = block; b < last; b++) in_one_piece &= task.table[b + 1] == task.table[b] + 1;
-    const char *base = (const char *)cache;
-    if (size == 4 && in_one_piece) {
-        *stride = task.token_stride;
-        return (const float *)(base +
-                               (task.table[block] * task.block_stride + first % task.block_size * task.token_stride) * size);
-    }
-    *stride = task.head_dim;
-    for (int64_t t = 0; t < count; t++) {
-        const int64_t token = first + t;
-        const int64_t at = task.table[token / task.block_size] * task.block_stride +
-                           token % task.block_size * task.token_stride;
-        to_float(task.cache_dtype, base + at * size, copy + t * task.head_dim, task.head_dim);
-    }
-    return copy;
 }
 
 // What becomes of a row of queries while the keys pass by: the largest score, the sum of exponentials, the weighted sum
@@ -562,11 +589,65 @@ struct Rows {
     float *out; // (rows, MAX_HEAD_DIM)
 };
 
+// Where the tokens of a tile lie in the cache, in elements.
+struct Tile {
+    int64_t begin, count;
+    int64_t at[lk::KEY_TILE];
+    bool in_one_piece; // each token_stride behind the one before: the engine hands out blocks that follow one another
+};
+
+Tile tile_at(const Attention &task, int64_t begin, int64_t count) {
+    Tile tile = {begin, count, {}, true};
+    int64_t block = begin / task.block_size, inside = begin % task.block_size;
+    for (int64_t t = 0; t < count; t++, inside++) {
+        if (inside == task.block_size) block++, inside = 0;
+        tile.at[t] = task.table[block] * task.block_stride + inside * task.token_stride;
+        tile.in_one_piece &= t == 0 || tile.at[t] == tile.at[t - 1] + task.token_stride;
+    }
+    return tile;
+}
+
+// Reads a tile's keys and values of all heads, which lie side by side, from front to back in four streams: then memory
+// is as fast as the processor's own look-ahead makes it. Read head by head it would be half as fast, and no faster if
+// lines were asked for one by one, of which a core has few under way at a time.
+void bring(const Attention &task, const Tile &tile) {
+    const int64_t size = task.cache_dtype == LK_FLOAT32 ? 4 : 2, bytes = task.kv_heads * task.head_stride * size;
+    const int64_t quarter = (tile.count + 3) / 4;
+    const void *const caches[] = {task.k, task.v};
+    for (int64_t t = 0; t < quarter; t++)
+        for (const void *from : caches)
+            for (int64_t i = 0; i < bytes; i += 64)
+                for (int64_t part = 0; part < 4; part++)
+                    (void)*((const volatile char *)from + tile.at[least(part * quarter + t, tile.count - 1)] * size + i);
+}
+
+// One head's keys or values of a tile, one a row: where they lie if that is possible, else copied.
+template <class E>
+const E *rows_of(const Attention &task, const Tile &tile, const void *cache, E *copy, int64_t *stride) {
+    const E *from = (const E *)cache;
+    *stride = task.token_stride;
+    if (tile.in_one_piece) return from + tile.at[0];
+    *stride = task.head_dim;
+    for (int64_t t = 0; t < tile.count; t++)
+        memcpy(copy + t * task.head_dim, from + tile.at[t], (size_t)task.head_dim * sizeof(E));
+    return copy;
+}
+
+// The same as floats.
+const float *floats_of(const Attention &task, const Tile &tile, const void *cache, float *copy, int64_t *stride) {
+    if (task.cache_dtype == LK_FLOAT32) return rows_of(task, tile, cache, copy, stride);
+    *stride = task.head_dim;
+    for (int64_t t = 0; t < tile.count; t++)
+        to_float(LK_BFLOAT16, (const uint16_t *)cache + tile.at[t], copy + t * task.head_dim, task.head_dim);
+    return copy;
+}
+
 // Scores of `rows` rows with a tile of keys, to exponentials; row r sees tokens up to seen + r / group.
-void score_tile(const Attention &task, const float *const *q, const float *k, int64_t k_stride, int64_t count,
-                int64_t begin, Rows &rows, int64_t first_row, float *p) {
+template <class E>
+INLINE void score_tile(const Attention &task, const float *const *q, const E *k, int64_t k_stride, const Tile &tile,
+                       Rows &rows, int64_t first_row, float *p) {
     const float factor = 1.f / __builtin_sqrtf((float)task.head_dim);
-    const int64_t padded = (count + L - 1) / L * L;
+    const int64_t count = tile.count, padded = (count + L - 1) / L * L;
     for (int64_t r = 0; r < task.rows;) {
         const bool two = r + 2 <= task.rows;
         int64_t t = 0;
@@ -580,7 +661,7 @@ void score_tile(const Attention &task, const float *const *q, const float *k, in
     }
     for (int64_t r = 0; r < task.rows; r++) {
         float *row = p + r * lk::KEY_TILE;
-        const int64_t seen = least(count, task.first + r / task.group + 1 - begin); // may be none
+        const int64_t seen = least(count, task.first + r / task.group + 1 - tile.begin); // may be none
         for (int64_t t = seen > 0 ? seen : 0; t < padded; t++) row[t] = -__builtin_inff();
         vf highest = all(rows.most[first_row + r]);
         for (int64_t t = 0; t < padded; t += L) {
@@ -588,30 +669,30 @@ void score_tile(const Attention &task, const float *const *q, const float *k, in
             store(row + t, s);
             highest = larger(highest, s);
         }
-        const float now = largest(highest);
+        const float now = largest(highest), before = rows.most[first_row + r];
         vf added = {};
         for (int64_t t = 0; t < padded; t += L) {
             const vf e = exponential(load<vf>(row + t) - now);
             store(row + t, e);
             added += e;
         }
-        const float shrink = exponential(all(rows.most[first_row + r] - now))[0];
+        const float shrink = now == before ? 1.f : exponential(all(before - now))[0];
         rows.total[first_row + r] = rows.total[first_row + r] * shrink + sum(added);
         rows.most[first_row + r] = now, rows.shrink[first_row + r] = shrink;
     }
 }
 
-// Asks for a tile's keys and values of all heads, which lie side by side, before the first head's are waited for.
-void prefetch_tile(const Attention &task, int64_t first, int64_t count) {
-    const int64_t size = task.cache_dtype == LK_FLOAT32 ? 4 : 2, bytes = task.kv_heads * task.head_stride * size;
-    for (int64_t token = first; token < first + count; token++) {
-        const int64_t at = (task.table[token / task.block_size] * task.block_stride +
-                            token % task.block_size * task.token_stride) * size;
-        for (int64_t i = 0; i < bytes; i += 64) {
-            __builtin_prefetch((const char *)task.k + at + i);
-            __builtin_prefetch((const char *)task.v + at + i);
-        }
-    }
+template <class E>
+INLINE void attend_tile(const Attention &task, const float *const *q, const E *k, int64_t k_stride, const E *v,
+                        int64_t v_stride, const Tile &tile, Rows &rows, int64_t first_row, float *p) {
+    score_tile(task, q + first_row, k, k_stride, tile, rows, first_row, p);
+    float *out = rows.out + first_row * lk::MAX_HEAD_DIM;
+    const float *shrink = rows.shrink + first_row;
+    int64_t r = 0;
+    for (; r + 4 <= task.rows; r += 4)
+        weigh<4, 2>(p + r * lk::KEY_TILE, v, v_stride, tile.count, task.head_dim, shrink + r, out + r * lk::MAX_HEAD_DIM);
+    for (; r < task.rows; r++)
+        weigh<1, 8>(p + r * lk::KEY_TILE, v, v_stride, tile.count, task.head_dim, shrink + r, out + r * lk::MAX_HEAD_DIM);
 }
 
 void attend(const Attention &task, float *scratch) {
@@ -629,23 +710,24 @@ void attend(const Attention &task, float *scratch) {
         memset(rows.out + i * MAX_HEAD_DIM, 0, (size_t)dim * sizeof(float));
     }
     const int64_t keys = task.first + (task.rows - 1) / task.group + 1;
-    const int64_t tile = task.kv_heads > 1 ? KEY_TILE / 4 : KEY_TILE; // all heads of one stay in the first cache
-    for (int64_t begin = 0; begin < keys; begin += tile) {
-        const int64_t count = least(tile, keys - begin);
-        if (task.kv_heads > 1 && begin + tile < keys) prefetch_tile(task, begin + tile, least(tile, keys - begin - tile));
+    const int64_t step = task.kv_heads > 1 ? KEY_TILE / 4 : KEY_TILE; // all heads of a tile stay near
+    const bool as_they_are = task.cache_dtype == LK_BFLOAT16 && task.rows <= 2; // few rows: not worth a copy of floats
+    for (int64_t begin = 0; begin < keys; begin += step) {
+        const Tile tile = tile_at(task, begin, least(step, keys - begin));
+        if (task.kv_heads > 1) bring(task, tile);
         for (int64_t head = 0; head < task.kv_heads; head++) {
-            const int64_t at = head * task.head_stride * size, first_row = head * task.rows;
+            const void *k = (const char *)task.k + head * task.head_stride * size;
+            const void *v = (const char *)task.v + head * task.head_stride * size;
             int64_t k_stride, v_stride;
-            const float *k = gathered(task, (const char *)task.k + at, begin, count, k_copy, &k_stride);
-            const float *v = gathered(task, (const char *)task.v + at, begin, count, v_copy, &v_stride);
-            score_tile(task, q + first_row, k, k_stride, count, begin, rows, first_row, p);
-            float *out = rows.out + first_row * MAX_HEAD_DIM;
-            const float *shrink = rows.shrink + first_row;
-            int64_t r = 0;
-            for (; r + 4 <= task.rows; r += 4)
-                weigh<4, 2>(p + r * KEY_TILE, v, v_stride, count, dim, shrink + r, out + r * MAX_HEAD_DIM);
-            for (; r < task.rows; r++)
-                weigh<1, 4>(p + r * KEY_TILE, v, v_stride, count, dim, shrink + r, out + r * MAX_HEAD_DIM);
+            if (as_they_are) {
+                const uint16_t *keys_at = rows_of(task, tile, k, (uint16_t *)k_copy, &k_stride);
+                const uint16_t *values_at = rows_of(task, tile, v, (uint16_t *)v_copy, &v_stride);
+                attend_tile(task, q, keys_at, k_stride, values_at, v_stride, tile, rows, head * task.rows, p);
+            } else {
+                const float *keys_at = floats_of(task, tile, k, k_copy, &k_stride);
+                const float *values_at = floats_of(task, tile, v, v_copy, &v_stride);
+                attend_tile(task, q, keys_at, k_stride, values_at, v_stride, tile, rows, head * task.rows, p);
+            }
         }
     }
     for (int64_t i = 0; i < task.kv_heads * task.rows; i++) {
