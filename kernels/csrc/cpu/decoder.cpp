@@ -69,12 +69,13 @@ void gate_and_up(lk_decoder &decoder, lk_cpu &cpu, const lk_weight &weight, cons
     float *scratch = decoder.scratch.at_least(2 * ROW_BLOCK * PART * cpu.pool->threads());
     share_product(cpu, rows, inner, 12, [&](int64_t row, int64_t count, int64_t first, int64_t features, int thread) {
         float *gate = scratch + thread * 2 * ROW_BLOCK * PART, *up = gate + ROW_BLOCK * PART;
-        for (int64_t n = first; n < first + features; n += PART) {
-            const int64_t some = first + features - n < PART ? first + features - n : PART;
-            cpu.isa->products(weight, panel, row, count, n, some, gate, PART, false);
-            cpu.isa->products(weight, panel, row, count, inner + n, some, up, PART, false);
+        const int64_t part = PART * (ROW_BLOCK / count); // as many as there is room for
+        for (int64_t n = first; n < first + features; n += part) {
+            const int64_t some = first + features - n < part ? first + features - n : part;
+            cpu.isa->products(weight, panel, row, count, n, some, gate, part, false);
+            cpu.isa->products(weight, panel, row, count, inner + n, some, up, part, false);
             for (int64_t m = 0; m < count; m++)
-                cpu.isa->swiglu(some, gate + m * PART, up + m * PART, out + (row + m) * inner + n);
+                cpu.isa->swiglu(some, gate + m * part, up + m * part, out + (row + m) * inner + n);
         }
     });
 }

@@ -179,42 +179,32 @@ struct Bfloat16 {
 };
 
 template <int M, int N>
-INLINE void put(const vf (&total)[M][N], float *out, int64_t stride, bool add) {
+INLINE void put(const vf (&total)[M][N], float *out, int64_t stride, int64_t apart, bool add) {
     for (int m = 0; m < M; m++) {
         float *to = out + m * stride;
-        if constexpr (N == 4) {
-            const f4 row = sums(halved(total[m][0]), halved(total[m][1]), halved(total[m][2]), halved(total[m][3]));
-            store(to, add ? load<f4>(to) + row : row);
-        } else {
-            for (int n = 0; n < N; n++) {
-                const float one = sum(total[m][n]);
-                to[n] = add ? to[n] + one : one;
-            }
-        }
+        f4 row;
+        if constexpr (N == 4)
+            row = sums(halved(total[m][0]), halved(total[m][1]), halved(total[m][2]), halved(total[m][3]));
+        else
+            for (int n = 0; n < N; n++) row[n] = sum(total[m][n]);
+        for (int n = 0; n < N; n++) to[n * apart] = add ? to[n * apart] + row[n] : row[n];
     }
 }
 
-// How far ahead a weight's rows are asked for: short ones end before the processor has seen that they are read in order.
-INLINE int64_t look_ahead(int64_t row_bytes, int64_t rows) { return row_bytes <= 4096 ? rows * row_bytes : 1024; }
-
-// M rows of x with N of the weight. What follows the weight's rows is asked for `ahead` bytes before it is needed; 0: it
-// has been.
+// M rows of x with N of the weight, which lie `apart` rows from each other.
 template <class W, int M, int N>
-void tile(const lk_weight &weight, int64_t n, const float *x, int64_t stride, float *out, int64_t out_stride, bool add,
-          int64_t ahead) {
+void tile(const lk_weight &weight, int64_t n, int64_t apart, const float *x, int64_t stride, float *out,
+          int64_t out_stride, bool add) {
     vf total[M][N] = {};
     const char *w[N];
     const int64_t width = weight.in_features, row = (weight.row_stride ? weight.row_stride : width) * W::SIZE;
-    for (int i = 0; i < N; i++) w[i] = (const char *)weight.data + (n + i) * row;
+    for (int i = 0; i < N; i++) w[i] = (const char *)weight.data + (n + i * apart) * row;
     int64_t k = 0;
     if constexpr (M == 1) { // two sets of sums: one alone would wait for itself
         vf second[M][N] = {};
         for (; k + 2 * W::STEP <= width; k += 2 * W::STEP) {
             const char *next[N];
-            for (int i = 0; i < N; i++) {
-                next[i] = w[i] + W::STEP * W::SIZE;
-                __builtin_prefetch(w[i] + ahead);
-            }
+            for (int i = 0; i < N; i++) next[i] = w[i] + W::STEP * W::SIZE;
             W::template step<M, N>(total, x + k, stride, w);
             W::template step<M, N>(second, x + k + W::STEP, stride, next);
             for (int i = 0; i < N; i++) w[i] += 2 * W::STEP * W::SIZE;
@@ -222,8 +212,6 @@ void tile(const lk_weight &weight, int64_t n, const float *x, int64_t stride, fl
         for (int i = 0; i < N; i++) total[0][i] += second[0][i];
     }
     for (; k + W::STEP <= width; k += W::STEP) {
-        if (M > 1 && ahead)
-            for (int i = 0; i < N; i++) __builtin_prefetch(w[i] + ahead);
         W::template step<M, N>(total, x + k, stride, w);
         for (int i = 0; i < N; i++) w[i] += W::STEP * W::SIZE;
     }
@@ -233,31 +221,34 @@ void tile(const lk_weight &weight, int64_t n, const float *x, int64_t stride, fl
         for (int i = 0; i < N; i++) copied[i] = rest[i], memcpy(rest[i], w[i], (size_t)((width - k) * W::SIZE));
         W::template step<M, N>(total, x + k, stride, copied);
     }
-    put<M, N>(total, out, out_stride, add);
+    put<M, N>(total, out, out_stride, apart, add);
 }
 
 template <class W, int N>
-void tiles(const lk_weight &weight, int64_t n, const float *x, int64_t stride, int64_t rows, float *out,
+void tiles(const lk_weight &weight, int64_t n, int64_t apart, const float *x, int64_t stride, int64_t rows, float *out,
            int64_t out_stride, bool add) {
-    int64_t m = 0, ahead = look_ahead((weight.row_stride ? weight.row_stride : weight.in_features) * W::SIZE, N);
+    int64_t m = 0;
     if (constexpr int HALF = (N + 1) / 2; rows == 4) {
         for (int i = 0; i < N; i += HALF)
-            tile<W, 4, HALF>(weight, n + i, x, stride, out + i, out_stride, add, ahead);
+            tile<W, 4, HALF>(weight, n + i * apart, apart, x, stride, out + i * apart, out_stride, add);
         return;
     }
-    for (; rows - m >= ROWS; m += ROWS, ahead = 0)
-        tile<W, ROWS, N>(weight, n, x + m * stride, stride, out + m * out_stride, out_stride, add, ahead);
-    for (; rows - m >= 2; m += 2, ahead = 0)
-        tile<W, 2, N>(weight, n, x + m * stride, stride, out + m * out_stride, out_stride, add, ahead);
-    if (m < rows) tile<W, 1, N>(weight, n, x + m * stride, stride, out + m * out_stride, out_stride, add, ahead);
+    for (; rows - m >= ROWS; m += ROWS)
+        tile<W, ROWS, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
+    for (; rows - m >= 2; m += 2)
+        tile<W, 2, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
+    if (m < rows) tile<W, 1, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
 }
 
+// The weight's rows in WIDE runs that are read side by side: each is a stream that the processor sees ahead in. Rows
+// that are neighbours would make streams as short as a row.
 template <class W>
 void few_rows(const lk_weight &weight, const float *x, int64_t stride, int64_t rows, int64_t first, int64_t count,
               float *out, int64_t out_stride, bool add) {
-    int64_t n = 0;
-    for (; n + WIDE <= count; n += WIDE) tiles<W, WIDE>(weight, first + n, x, stride, rows, out + n, out_stride, add);
-    for (; n < count; n++) tiles<W, 1>(weight, first + n, x, stride, rows, out + n, out_stride, add);
+    const int64_t run = count / WIDE;
+    for (int64_t n = 0; n < run; n++) tiles<W, WIDE>(weight, first + n, run, x, stride, rows, out + n, out_stride, add);
+    for (int64_t n = WIDE * run; n < count; n++)
+        tiles<W, 1>(weight, first + n, 1, x, stride, rows, out + n, out_stride, add);
 }
 
 typedef float f2 __attribute__((vector_size(8)));
@@ -266,6 +257,9 @@ template <class V>
 INLINE void put_part(V part, float *out, bool add) {
     store(out, add ? load<V>(out) + part : part);
 }
+
+// How far ahead a weight's rows are asked for: short ones end before the processor has seen that they are read in order.
+INLINE int64_t look_ahead(int64_t row_bytes, int64_t rows) { return row_bytes <= 4096 ? rows * row_bytes : 1024; }
 
 // Lane m of N vectors into N neighbours of row m.
 template <int N>
@@ -358,42 +352,54 @@ void many_rows(const lk_weight &weight, const float *x, int64_t stride, int64_t 
 
 // ---- products with weights of 8 and 4 bits, whose layout is that of quantized_linear.py; integers throughout a group
 
-// Scales and offsets of 4-bit weights as floats, for a part of the features and of K.
+// What a part of the features of a 4-bit weight and of its groups needs besides the codes.
 constexpr int64_t PART = 48, GROUPS = 32;
 struct Scales {
-    float scale[GROUPS][PART], offset[GROUPS][PART], rest[4]; // offsets are read four at a time
+    float scale[GROUPS][PART];
+    float base[lk::ROW_BLOCK][PART]; // for each row of x: what the offsets come to
 };
 
-void read_scales(const lk_weight &weight, int64_t n, int64_t count, int64_t group, int64_t groups, Scales &scales) {
+void read_scales(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t n, int64_t count,
+                 int64_t group, int64_t groups, Scales &scales) {
     const uint16_t *scale = (const uint16_t *)weight.group_scale, *offset = (const uint16_t *)weight.group_offset;
+    float offsets[PART] = {};
+    memset(scales.base, 0, (size_t)rows * sizeof scales.base[0]);
     for (int64_t g = 0; g < groups; g++) {
         const int64_t at = (group + g) * weight.out_features + n;
         to_float(LK_BFLOAT16, scale + at, scales.scale[g], count);
-        to_float(LK_BFLOAT16, offset + at, scales.offset[g], count);
-        __builtin_prefetch(scale + at + PART); // the next part's, which lie nowhere near each other
-        __builtin_prefetch(offset + at + PART);
+        to_float(LK_BFLOAT16, offset + at, offsets, count);
+        for (int64_t ahead = PART; ahead < 2 * PART; ahead += 32) { // the next part's, which lie nowhere near each other
+            __builtin_prefetch(scale + at + ahead);
+            __builtin_prefetch(offset + at + ahead);
+        }
+        for (int64_t m = 0; m < rows; m++) {
+            const float own = panel.total[(row + m) * panel.groups + group + g];
+            float *base = scales.base[m];
+            for (int64_t i = 0; i < PART; i += L) store(base + i, load<vf>(base + i) + load<vf>(offsets + i) * own);
+        }
     }
 }
 
 // M rows of x and N of the weight, over some groups of K. Sixteen words of 16 bits hold 16 codes in each of their planes,
 // which meet 16 neighbours of x.
 template <int BITS, int M, int N>
-void coded_tile(const lk_weight &weight, int64_t n, const Panel &panel, int64_t row, int64_t group, int64_t groups,
-                const Scales *scales, int64_t in_part, float *out, int64_t out_stride, bool add, int64_t ahead) {
+void coded_tile(const lk_weight &weight, int64_t n, int64_t apart, const Panel &panel, int64_t row, int64_t group,
+                int64_t groups, const Scales *scales, const float *base, int64_t in_part, float *out, int64_t out_stride,
+                bool add) {
     constexpr int PLANES = 16 / BITS, CODES = 16 * PLANES;
     const int64_t size = panel.stride / panel.groups, bytes = panel.stride * BITS / 8;
     const uint8_t *w = (const uint8_t *)weight.data + n * bytes + group * size * BITS / 8;
+    const int64_t next = apart * bytes;
     const int16_t *x = panel.codes + row * panel.stride + group * size;
     f8 real[M][N] = {};
-    f4 offsets[M] = {};
     for (int64_t g = 0; g < groups; g++) {
         const int64_t at = row * panel.groups + group + g;
         i8 total[M][N] = {};
         for (int64_t k = 0; k < size; k += CODES, w += 32, x += CODES) {
             h16 words[N], codes[N];
             for (int i = 0; i < N; i++) {
-                __builtin_prefetch(w + i * bytes + ahead);
-                words[i] = load<h16>(w + i * bytes);
+                words[i] = load<h16>(w + i * next);
+                if (BITS == 4 && k % (2 * CODES) == 0) __builtin_prefetch(w + i * next + 1024); // into the first cache
             }
             for (int p = 0; p < PLANES; p++) {
                 for (int i = 0; i < N; i++) {
@@ -410,10 +416,8 @@ void coded_tile(const lk_weight &weight, int64_t n, const Panel &panel, int64_t 
             const float own = panel.scale[at + m * panel.groups];
             for (int i = 0; i < N; i++) {
                 const f8 scaled = __builtin_convertvector(total[m][i], f8) * own;
-                real[m][i] += BITS == 4 ? scaled * scales->scale[g][in_part + i] : scaled;
+                real[m][i] += BITS == 4 ? scaled * scales->scale[g][in_part + i * apart] : scaled;
             }
-            if (BITS == 4)
-                offsets[m] += load<f4>(scales->offset[g] + in_part) * panel.total[at + m * panel.groups];
         }
     }
     for (int m = 0; m < M; m++) {
@@ -422,11 +426,11 @@ void coded_tile(const lk_weight &weight, int64_t n, const Panel &panel, int64_t 
             four[i] = __builtin_shufflevector(real[m][i], real[m][i], 0, 1, 2, 3) +
                       __builtin_shufflevector(real[m][i], real[m][i], 4, 5, 6, 7);
         f4 found = sums(four[0], four[1], four[2], four[3]);
-        if (BITS == 4) found += offsets[m];
+        for (int i = 0; BITS == 4 && i < N; i++) found[i] += base[m * PART + in_part + i * apart];
         if (BITS == 8 && !group) found -= 128 * panel.total[(row + m) * panel.groups]; // codes are 128 too large
         for (int i = 0; i < N; i++) {
-            const float one = found[i] * weight.scale[n + i];
-            float *to = out + m * out_stride + i;
+            const float one = found[i] * weight.scale[n + i * apart];
+            float *to = out + m * out_stride + i * apart;
             *to = add ? *to + one : one;
         }
     }
@@ -436,25 +440,26 @@ template <int BITS>
 void coded_products(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
                     float *out, int64_t stride, bool add) {
     Scales scales;
-    const int64_t bytes = panel.stride * BITS / 8, most = BITS == 4 ? GROUPS : panel.groups;
-    for (int64_t part = 0; part < count; part += PART)
+    const int64_t most = BITS == 4 ? GROUPS : panel.groups, unit = BITS == 4 ? PART : count;
+    for (int64_t part = 0; part < count; part += unit)
         for (int64_t group = 0; group < panel.groups; group += most) {
-            const int64_t features = least(PART, count - part), groups = least(most, panel.groups - group);
+            const int64_t features = least(unit, count - part), groups = least(most, panel.groups - group);
             const bool more = add || group;
-            if (BITS == 4) read_scales(weight, first + part, features, group, groups, scales);
-            auto multiply = [&](auto tile, int64_t m, int64_t n, int64_t ahead) {
-                tile(weight, first + part + n, panel, row + m, group, groups, &scales, n, out + m * stride + part + n, stride,
-                     more, ahead);
+            if (BITS == 4) read_scales(weight, panel, row, rows, first + part, features, group, groups, scales);
+            auto multiply = [&](auto tile, int64_t m, int64_t n, int64_t apart) {
+                tile(weight, first + part + n, apart, panel, row + m, group, groups, &scales, scales.base[m], n,
+                     out + m * stride + part + n, stride, more);
             };
-            int64_t n = 0;
-            for (; rows == 1 && n + 4 <= features; n += 4) multiply(coded_tile<BITS, 1, 4>, 0, n, look_ahead(bytes, 4));
-            for (; n + 2 <= features; n += 2) {
-                int64_t m = 0, ahead = look_ahead(bytes, 2);
-                for (; m + 4 <= rows; m += 4, ahead = 0) multiply(coded_tile<BITS, 4, 2>, m, n, ahead);
-                for (; m + 2 <= rows; m += 2, ahead = 0) multiply(coded_tile<BITS, 2, 2>, m, n, ahead);
-                if (m < rows) multiply(coded_tile<BITS, 1, 2>, m, n, ahead);
+            const int64_t wide = rows == 1 ? 4 : 2, run = features / wide; // runs as in few_rows
+            for (int64_t n = 0; n < run; n++) {
+                int64_t m = 0;
+                for (; m + 4 <= rows; m += 4) multiply(coded_tile<BITS, 4, 2>, m, n, run);
+                for (; m + 2 <= rows; m += 2) multiply(coded_tile<BITS, 2, 2>, m, n, run);
+                if (m < rows && wide == 4) multiply(coded_tile<BITS, 1, 4>, m, n, run);
+                if (m < rows && wide == 2) multiply(coded_tile<BITS, 1, 2>, m, n, run);
             }
-            for (int64_t m = 0; n < features && m < rows; m++) multiply(coded_tile<BITS, 1, 1>, m, n, 0);
+            for (int64_t n = wide * run; n < features; n++)
+                for (int64_t m = 0; m < rows; m++) multiply(coded_tile<BITS, 1, 1>, m, n, 1);
         }
 }
 

@@ -205,19 +205,20 @@ lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream) {
         const lk_weight &weight = args->weight;
         const lk::Source source{args->dtype, args->x, lk_or(args->x_stride, weight.in_features), nullptr, 0};
         const lk::Panel &panel = lk::prepare(cpu, cpu.panel, weight, source, args->rows);
-        const int64_t out_stride = lk_or(args->out_stride, weight.out_features), unit = 48, size = lk::size_of(args->dtype);
-        const int64_t part = lk::ROW_BLOCK * unit;
-        float *scratch = cpu.scratch.at_least((part + unit) * cpu.pool->threads());
-        lk::share_product(cpu, args->rows, weight.out_features, unit,
+        const int64_t out_stride = lk_or(args->out_stride, weight.out_features), size = lk::size_of(args->dtype);
+        constexpr int64_t UNIT = 48, ROOM = UNIT * lk::ROW_BLOCK;
+        float *scratch = cpu.scratch.at_least(2 * ROOM * cpu.pool->threads());
+        lk::share_product(cpu, args->rows, weight.out_features, UNIT,
                           [&](int64_t row, int64_t rows, int64_t first, int64_t count, int thread) {
-            float *some = scratch + thread * (part + unit), *bias = some + part;
-            for (int64_t n = first; n < first + count; n += unit) {
-                const int64_t width = first + count - n < unit ? first + count - n : unit;
+            float *some = scratch + thread * 2 * ROOM, *bias = some + ROOM;
+            const int64_t part = UNIT * (lk::ROW_BLOCK / rows); // as many as there is room for
+            for (int64_t n = first; n < first + count; n += part) {
+                const int64_t width = first + count - n < part ? first + count - n : part;
                 if (args->bias) cpu.isa->to_float(args->dtype, static_cast<const char *>(args->bias) + n * size, bias, width);
-                for (int64_t m = 0; args->bias && m < rows; m++) std::memcpy(some + m * unit, bias, width * sizeof(float));
-                cpu.isa->products(weight, panel, row, rows, n, width, some, unit, args->bias != nullptr);
+                for (int64_t m = 0; args->bias && m < rows; m++) std::memcpy(some + m * part, bias, width * sizeof(float));
+                cpu.isa->products(weight, panel, row, rows, n, width, some, part, args->bias != nullptr);
                 for (int64_t m = 0; m < rows; m++)
-                    cpu.isa->from_float(args->dtype, some + m * unit,
+                    cpu.isa->from_float(args->dtype, some + m * part,
                                         static_cast<char *>(args->out) + ((row + m) * out_stride + n) * size, width);
             }
         });
