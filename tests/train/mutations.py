@@ -73,6 +73,12 @@ MUTATIONS = [
         f"{WORLD}::test_sizes_measured_by_two_are_those_measured_by_one",
     ),
     # checkpoints
+    (
+        f"{TRAIN}sharded_checkpoints.py",
+        "        writing.result()\n",
+        "",
+        f"{WORLD}::test_shards_get_their_name_when_all_are_written",
+    ),
     (f"{TRAIN}sharded_checkpoints.py", "for found in files for k", "for found in files[:1] for k", TWO),
     (
         f"{TRAIN}sharded_checkpoints.py",

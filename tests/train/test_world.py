@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,7 @@ from llava_fast.errors import ConfigError
 from llava_fast.train import checkpoints
 from llava_fast.train.distributed import World, empty_batch, is_shared, mesh_of, norm_of, part_for, share_out
 from llava_fast.train.optimizer import MasterAdamW
-from llava_fast.train.sharded_checkpoints import find_newest
+from llava_fast.train.sharded_checkpoints import ShardWriter, find_newest, read
 from llava_fast.train.stages import freeze
 from tests.train.ranks import make_trainer, mixed
 
@@ -244,3 +245,30 @@ def test_a_rank_without_a_batch_takes_as_many_passes(tmp_path):
     for (batches, _), before in zip(run.load(), whole, strict=True):
         assert len(batches) == len(before) and batches[:-1] == before[1:]
         assert batches[-1].num_supervised == 0
+
+
+@pytest.fixture
+def alone():
+    """The World of a single rank under gloo, which writes for itself."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(0, 1, 1, mesh_of(CPU, 1, 1), dist.new_group(), dist.new_group())
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_shards_get_their_name_when_all_are_written(alone, tmp_path, monkeypatch, shared):
+    """What training changes meanwhile is not in the checkpoint."""
+    write, may_go_on = dcp.FileSystemWriter.write_data, threading.Event()
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", lambda *inputs: may_go_on.wait(60) and write(*inputs))
+    writer = ShardWriter(tmp_path, 2, alone)
+    w = torch.zeros(6, 2)
+    kept = DTensor.from_local(w, alone.mesh, [Shard(0)]) if shared else w
+    writer.save(1, {"w": kept}, {"note": 5})
+    w += 1
+    assert writer.published is None
+    assert not list(tmp_path.glob("step-*"))
+    may_go_on.set()
+    writer.wait()
+    path, state, faults = find_newest(tmp_path, alone)
+    assert path == writer.published and (state["step"], state["note"], faults) == (1, 5, [])
+    assert not read(path, alone, lambda name, whole: torch.empty_like(whole, device="cpu"))["w"].any()
