@@ -78,7 +78,8 @@ class Bench:
                 continue
             started = time.perf_counter()
             verdict = self.verdict(mutation)
-            line = f"{verdict:<8} {path.stem:<22} {mutation.broken.strip()[:60]:<60} {mutation.test.split('::')[-1]}"
+            broken = " ".join(mutation.broken.split())[:60]
+            line = f"{verdict:<8} {path.stem:<22} {broken:<60} {mutation.test.split('::')[-1]}"
             print(f"{line}  {time.perf_counter() - started:.0f} s", flush=True)
             if verdict != "noticed":
                 yield line
