@@ -5,6 +5,7 @@ WORLD, RANKS = "tests/train/test_world.py", "tests/train/test_distributed.py"
 ALIKE = f"{WORLD}::test_every_batch_takes_part_in_the_same_collectives"
 NORM = f"{WORLD}::test_the_norm_is_that_of_all_shards"
 SHARD = f"{WORLD}::test_of_a_whole_checkpoint_a_rank_takes_its_shard"
+DAMAGE = f"{WORLD}::test_damage_that_one_rank_finds_makes_all_pass_over"
 TWO = f"{RANKS}::test_two_processes_learn_what_one_does"
 FOUR = f"{RANKS}::test_four_processes_and_hybrid_shards_learn_what_one_does"
 EVEN = f"{RANKS}::test_shares_are_even_and_every_sample_is_read_once"
@@ -72,6 +73,18 @@ MUTATIONS = [
         "sizes[i * len(part) : (i + 1) * len(part)] = part",
         f"{WORLD}::test_sizes_measured_by_two_are_those_measured_by_one",
     ),
+    (
+        f"{DATA}dealing.py",
+        'np.argsort(done, kind="stable")',
+        "np.arange(ranks)",
+        f"{RANKS}::test_work_is_shared_by_cost_and_not_by_tokens",
+    ),
+    (
+        f"{TRAIN}trainer.py",
+        "spare = len(bins) - len(batches) if",
+        "spare = 0 if",
+        f"{WORLD}::test_held_out_samples_fewer_than_ranks",
+    ),
     # checkpoints
     (
         f"{TRAIN}sharded_checkpoints.py",
@@ -84,8 +97,12 @@ MUTATIONS = [
         f"{TRAIN}sharded_checkpoints.py",
         "in world.gather(_fault_in(path, world))",
         "in [_fault_in(path, world)]",
-        f"{WORLD}::test_damage_that_one_rank_finds_makes_all_pass_over",
+        DAMAGE,
     ),
+    (f"{TRAIN}sharded_checkpoints.py", "for name in (METADATA, STATE):", "for name in (STATE,):", DAMAGE),
+    (f"{TRAIN}sharded_checkpoints.py", "[: -self.keep]", "[:0]", DAMAGE),
+    (f"{TRAIN}sharded_checkpoints.py", "            shutil.rmtree(final)\n", "            pass\n", DAMAGE),
+    (f"{TRAIN}checkpoints.py", "[share[0] :: share[1]]", "[share[0] :: share[1] + 1]", DAMAGE),
     (f"{TRAIN}distributed.py", "    if not is_shared(value):\n", "    if False:\n", SHARD),
     (f"{TRAIN}optimizer.py", "like(self.params[name], value) if", "value if", SHARD),
     (f"{TRAIN}optimizer.py", "like(self.params[name], master.detach())", "master.detach()", SHARD),

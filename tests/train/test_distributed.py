@@ -240,6 +240,8 @@ def test_work_is_shared_by_cost_and_not_by_tokens():
     assert sorted(costs[b].sum() for b in bins) == [8, 8]
     passes = deal_step(np.arange(8), tokens, costs, ranks=2, max_tokens=300)  # no room for seven in a bin
     assert len(passes) == 2
+    done = [sum(costs[bins[rank]].sum() for bins in passes) for rank in range(2)]
+    assert done == [8 + 2, 3 + 3]  # who had the dearer in the first pass has the cheaper in the second
     assert all(tokens[b].sum() <= 300 for bins in passes for b in bins)
 
 

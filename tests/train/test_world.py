@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import SimpleNamespace
 
@@ -15,12 +16,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llava_fast.data.scenes import Scenes
 from llava_fast.errors import ConfigError
-from llava_fast.train import checkpoints
+from llava_fast.train.checkpoints import STATE
 from llava_fast.train.distributed import World, empty_batch, is_shared, mesh_of, norm_of, part_for, share_out
 from llava_fast.train.optimizer import MasterAdamW
-from llava_fast.train.sharded_checkpoints import ShardWriter, find_newest, read
+from llava_fast.train.sharded_checkpoints import METADATA, ShardWriter, find_newest, read
 from llava_fast.train.stages import freeze
+from llava_fast.train.trainer import held_out_loss
 from tests.train.ranks import make_trainer, mixed
 
 CPU = torch.device("cpu")
@@ -162,18 +165,6 @@ def on_both(work) -> list:
     return found
 
 
-@pytest.mark.parametrize("name", [checkpoints.TENSORS, checkpoints.STATE])
-def test_damage_that_one_rank_finds_makes_all_pass_over(tmp_path, name):
-    """Each looks at its share of the files; all must go on from the same checkpoint."""
-    for step in (1, 2):
-        checkpoints.save(tmp_path, step, {"w": torch.full((50,), float(step))}, {}, keep=2)
-    file = tmp_path / "step-00000002" / name
-    file.write_bytes(file.read_bytes()[:-7])
-    for path, state, faults in on_both(lambda world: find_newest(tmp_path, world)):
-        assert (path.name, state["step"]) == ("step-00000001", 1)
-        assert len(faults) == 1 and f"{name} is truncated" in faults[0]
-
-
 def test_sizes_measured_by_two_are_those_measured_by_one(tmp_path):
     """Of an odd number of samples; one that cannot be used is told on both."""
 
@@ -272,3 +263,42 @@ def test_shards_get_their_name_when_all_are_written(alone, tmp_path, monkeypatch
     path, state, faults = find_newest(tmp_path, alone)
     assert path == writer.published and (state["step"], state["note"], faults) == (1, 5, [])
     assert not read(path, alone, lambda name, whole: torch.empty_like(whole, device="cpu"))["w"].any()
+
+
+@pytest.mark.parametrize("name", [METADATA, STATE, "__0_0.distcp"])
+def test_damage_that_one_rank_finds_makes_all_pass_over(alone, tmp_path, name):
+    """Each looks at its share of the files; all go on from the same checkpoint, and the damaged one is replaced."""
+    writer = ShardWriter(tmp_path, 2, alone)
+    for step in (1, 2, 3):
+        writer.save(step, {"w": torch.full((50,), float(step))}, {})
+        writer.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    assert os.readlink(tmp_path / "latest") == "step-00000003"
+    file = tmp_path / "step-00000003" / name
+    file.write_bytes(file.read_bytes()[:-7])
+    for path, state, faults in on_both(lambda world: find_newest(tmp_path, world)):
+        assert (path.name, state["step"]) == ("step-00000002", 2)
+        assert len(faults) == 1 and f"{name} is truncated" in faults[0]
+    writer.save(3, {"w": torch.zeros(50)}, {})
+    writer.wait()
+    assert [path.name for path, _, _ in on_both(lambda world: find_newest(tmp_path, world))] == ["step-00000003"] * 2
+
+
+def test_held_out_samples_fewer_than_ranks(tmp_path):
+    """Every rank takes as many passes, those without a sample too; together they give the loss of one process."""
+    run = make_trainer(tmp_path, None, out="run")
+    args = run.model, run.processor, run.recipe, Scenes(2, 6), 0
+    expected = held_out_loss(*args)
+    parts, passes, loss = [], [], run.model.loss
+    run.model.loss = lambda batch, denominator: passes.append(rank) or loss(batch, denominator)
+
+    def keep(part):
+        parts.append(part.clone())
+        return part.clamp(min=1)
+
+    for rank in range(3):
+        world = SimpleNamespace(sharded=True, rank=rank, size=3, on_main=lambda work: work(), sum=keep)
+        held_out_loss(*args, world)
+    assert passes == [0, 1, 2]
+    total, count = sum(parts).tolist()
+    assert total / count == pytest.approx(expected, rel=1e-6)
