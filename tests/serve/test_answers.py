@@ -30,21 +30,25 @@ def tokenizer() -> Tokenizer:
 class Client:
     """Takes what an answer sends."""
 
-    def __init__(self, tokenizer: Tokenizer, event_seconds: float, prompts: int = 1, answers: int = 1):
+    def __init__(
+        self, tokenizer: Tokenizer, event_seconds: float, prompts: int = 1, answers: int = 1, reads: bool = True
+    ):
         self.handles = [Handle(f"prompt {i}", answers, None) for i in range(prompts)]
         for handle in self.handles:
             texts = [TextStream(tokenizer, (), False) for _ in range(answers)]
             handle._describe(Prompt(np.zeros(1, dtype=np.int64)), texts, scored=False)
         self.bodies: list[bytes] = []
+        self.reads = reads
+        self.gate = SimpleNamespace(handles=set(), metrics=SimpleNamespace(completed=lambda completion: None))
         self.sent, self.leaves = asyncio.Event(), asyncio.Event()
         self.answer = Answer(
             self.handles,
             ChatForm("tiny", tokenizer, "1", frozenset()),
             stream=True,
             include_usage=False,
-            send_seconds=5,
+            send_seconds=5 if reads else 0.01,
             event_seconds=event_seconds,
-            gate=SimpleNamespace(handles=set(), metrics=SimpleNamespace(completed=lambda completion: None)),
+            gate=self.gate,
             finished=lambda completions: asyncio.sleep(0),
         )
 
@@ -52,6 +56,8 @@ class Client:
         if message["type"] == "http.response.body":
             self.bodies.append(message["body"])
             self.sent.set()
+            if not self.reads:
+                await asyncio.Event().wait()
 
     async def receive(self):
         await self.leaves.wait()
@@ -59,7 +65,10 @@ class Client:
 
     async def listen(self) -> None:
         scope = {"visit": SimpleNamespace(notes={}, request_id="a")}
-        await self.answer(scope, self.receive, self.send)
+        try:
+            await self.answer(scope, self.receive, self.send)
+        finally:
+            assert all(handle.done for handle in self.handles) and not self.gate.handles  # whatever the end
 
     async def next(self) -> None:
         await asyncio.wait_for(self.sent.wait(), 5)
@@ -130,7 +139,6 @@ def test_errors_in_a_pause_are_told_at_once(tokenizer, prompts):
             client.handles[0]._publish(0, token, None)
         client.handles[0]._finish(DeadlineError("too late"))
         await asyncio.wait_for(listening, 5)
-        assert all(handle.done for handle in client.handles)
         return client
 
     client = asyncio.run(run())
@@ -151,8 +159,20 @@ def test_a_client_that_leaves_in_a_pause_ends_its_request(tokenizer):
         await asyncio.wait_for(listening, 5)
         return client
 
-    client = asyncio.run(run())
-    assert client.handles[0].done and len(client.bodies) == 1
+    assert len(asyncio.run(run()).bodies) == 1
+
+
+def test_a_client_that_reads_nothing_ends_its_request(tokenizer):
+    token = tokenizer.encode("red", prefix=False)[0][0]
+
+    async def run() -> Client:
+        client = Client(tokenizer, 0, reads=False)
+        client.handles[0]._publish(0, token, None)
+        with pytest.raises(ConnectionError, match="does not read"):
+            await asyncio.wait_for(client.listen(), 5)
+        return client
+
+    assert len(asyncio.run(run()).bodies) == 1
 
 
 def test_without_a_pause_each_token_is_an_event(tokenizer):
