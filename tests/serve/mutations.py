@@ -144,6 +144,37 @@ MUTATIONS = [
         "queue.put_nowait((prompt, []))",
         f"{ANSWERS}::test_errors_in_a_pause_are_told_at_once",
     ),
+    # what a request leaves behind
+    (
+        f"{SERVE}answers.py",
+        "asyncio.timeout(self._send_seconds)",
+        "asyncio.timeout(None)",
+        f"{ANSWERS}::test_a_client_that_reads_nothing_ends_its_request",
+    ),
+    (
+        f"{SERVE}answers.py",
+        "            for handle in self._handles:\n                handle.cancel()\n",
+        "",
+        f"{ANSWERS}::test_errors_in_a_pause_are_told_at_once",
+    ),
+    (
+        f"{SERVE}answers.py",
+        "self._gate.handles.difference_update(self._handles)",
+        "pass",
+        f"{ANSWERS}::test_errors_in_a_pause_are_told_at_once",
+    ),
+    (
+        f"{SERVE}gate.py",
+        "                self.running -= 1\n",
+        "                pass\n",
+        f"{SERVER}::test_too_many_at_once",
+    ),
+    (
+        f"{SERVE}gate.py",
+        "self.held_bytes -= visit.body_bytes",
+        "pass",
+        f"{SERVER}::test_bodies_of_all_requests_together",
+    ),
     # what is said
     (
         f"{SERVE}page.py",

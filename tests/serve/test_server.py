@@ -146,6 +146,8 @@ def test_too_many_at_once(patient):
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         assert httpx.get(server.url + "/health").status_code == 200  # it waits for its token, or sees others made
         assert first.result().status_code == 200
+        wait_for(lambda: server.app.state.gate.running == 0)
+        assert httpx.post(server.url + CHAT, json=SHORT).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -106,4 +106,10 @@ MUTATIONS = [
     (f"{TRAIN}distributed.py", "    if not is_shared(value):\n", "    if False:\n", SHARD),
     (f"{TRAIN}optimizer.py", "like(self.params[name], value) if", "value if", SHARD),
     (f"{TRAIN}optimizer.py", "like(self.params[name], master.detach())", "master.detach()", SHARD),
+    (
+        f"{TRAIN}distributed.py",
+        "os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')",
+        "0",
+        f"{RANKS}::test_a_killed_rank_is_started_again_and_the_run_goes_on",
+    ),
 ]
