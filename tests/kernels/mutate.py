@@ -20,8 +20,10 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from runpy import run_path
+from subprocess import PIPE
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -66,12 +68,18 @@ class Bench:
             raise RuntimeError(f"the copy is not what is imported, but {where or 'nothing'}")
         self.passing: set[str] = set()  # tests that pass with nothing broken
 
-    def lines(self, path: Path) -> Iterator[str]:
-        """Tries a list of mutations, prints a line for each, yields those of the tests that do not notice."""
+    def lines(self, path: Path, only: str = "") -> Iterator[str]:
+        """Tries a list of mutations, prints a line for each, yields those of the tests that do not notice.
+
+        only: a part of the file, of the broken fragment or of the test that those to try have.
+        """
         for mutation in map(Mutation._make, run_path(str(path))["MUTATIONS"]):
+            if only not in "\n".join((mutation.file, mutation.broken, mutation.test)):
+                continue
             started = time.perf_counter()
             verdict = self.verdict(mutation)
-            line = f"{verdict:<8} {path.stem:<22} {mutation.broken.strip()[:60]:<60} {mutation.test.split('::')[-1]}"
+            broken = " ".join(mutation.broken.split())[:60]
+            line = f"{verdict:<8} {path.stem:<22} {broken:<60} {mutation.test.split('::')[-1]}"
             print(f"{line}  {time.perf_counter() - started:.0f} s", flush=True)
             if verdict != "noticed":
                 yield line
@@ -107,12 +115,39 @@ class Bench:
         ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-S", *arguments]
-        try:
-            return subprocess.run(
-                command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
-            )
-        except subprocess.TimeoutExpired:  # a loop that no longer ends has been noticed
-            return subprocess.CompletedProcess(command, FAILED, "", "timed out")
+        with subprocess.Popen(
+            command, cwd=self.folder, env=environment, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
+        ) as process:
+            try:
+                out, err = process.communicate(timeout=TIMEOUT)
+                return subprocess.CompletedProcess(command, process.returncode, out, err)
+            except subprocess.TimeoutExpired:  # a loop that no longer ends has been noticed
+                return subprocess.CompletedProcess(command, FAILED, "", "timed out")
+            finally:
+                end(process)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Ends what a broken test has left running; asks first, because torchrun then ends workers of other sessions."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        for _ in range(300):
+            time.sleep(0.1)
+            process.poll()
+            os.killpg(process.pid, 0)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def try_list(path: Path, *parts: str) -> int:
+    """Tries what the list beside a package's tests holds, or the part of it that the command line names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", metavar="WORD", default="", help="those with this in file, broken line or test")
+    only = parser.parse_args().only
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), *parts, module="llava_fast")
+        survivors = list(bench.lines(path, only))
+    print(f"{len(survivors)} not noticed" if survivors else "every break is noticed")
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 SERVE, TESTS = "llava_fast/serve/", "tests/serve/"
 REMOTE, SERVER, ATTACKS = f"{TESTS}test_remote.py", f"{TESTS}test_server.py", f"{TESTS}test_attacks.py"
 OPENAI, SLOW, PAGE = f"{TESTS}test_openai.py", f"{TESTS}test_slow_clients.py", f"{TESTS}test_page.py"
+ANSWERS = f"{TESTS}test_answers.py"
 
 MUTATIONS = [
     # pictures from elsewhere
@@ -111,6 +112,68 @@ MUTATIONS = [
         "        self._left = True\n        for",
         "        for _ in ():\n          for",
         f"{SERVER}::test_disconnect",
+    ),
+    # a stream's pace
+    (
+        f"{SERVE}answers.py",
+        "await ended.wait()",
+        "await asyncio.Event().wait()",
+        f"{ANSWERS}::test_between_events_tokens_gather_and_the_end_waits_for_nothing",
+    ),
+    (
+        f"{SERVE}answers.py",
+        "if self._event_seconds and not",
+        "if False and not",
+        f"{ANSWERS}::test_between_events_tokens_gather_and_the_end_waits_for_nothing",
+    ),
+    (
+        f"{SERVE}answers.py",
+        "timeout(self._event_seconds)",
+        "timeout(None)",
+        f"{ANSWERS}::test_after_a_pause_what_has_gathered_is_sent",
+    ),
+    (
+        f"{SERVE}answers.py",
+        "yield [delta, *handle.take()]",
+        "yield [delta, *handle.take()][:1]",
+        f"{ANSWERS}::test_several_answers_share_a_body",
+    ),
+    (
+        f"{SERVE}answers.py",
+        "queue.put_nowait((prompt, error))",
+        "queue.put_nowait((prompt, []))",
+        f"{ANSWERS}::test_errors_in_a_pause_are_told_at_once",
+    ),
+    # what a request leaves behind
+    (
+        f"{SERVE}answers.py",
+        "asyncio.timeout(self._send_seconds)",
+        "asyncio.timeout(None)",
+        f"{ANSWERS}::test_a_client_that_reads_nothing_ends_its_request",
+    ),
+    (
+        f"{SERVE}answers.py",
+        "            for handle in self._handles:\n                handle.cancel()\n",
+        "",
+        f"{ANSWERS}::test_errors_in_a_pause_are_told_at_once",
+    ),
+    (
+        f"{SERVE}answers.py",
+        "self._gate.handles.difference_update(self._handles)",
+        "pass",
+        f"{ANSWERS}::test_errors_in_a_pause_are_told_at_once",
+    ),
+    (
+        f"{SERVE}gate.py",
+        "                self.running -= 1\n",
+        "                pass\n",
+        f"{SERVER}::test_too_many_at_once",
+    ),
+    (
+        f"{SERVE}gate.py",
+        "self.held_bytes -= visit.body_bytes",
+        "pass",
+        f"{SERVER}::test_bodies_of_all_requests_together",
     ),
     # what is said
     (

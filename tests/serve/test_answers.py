@@ -12,6 +12,7 @@ import pytest
 from llava_fast.engine.handle import Handle
 from llava_fast.engine.prompt import Prompt
 from llava_fast.engine.text import TextStream
+from llava_fast.errors import DeadlineError
 from llava_fast.pretrained import built_in
 from llava_fast.processor import Tokenizer
 from llava_fast.serve.answers import Answer
@@ -29,21 +30,25 @@ def tokenizer() -> Tokenizer:
 class Client:
     """Takes what an answer sends."""
 
-    def __init__(self, tokenizer: Tokenizer, event_seconds: float, prompts: int = 1, answers: int = 1):
+    def __init__(
+        self, tokenizer: Tokenizer, event_seconds: float, prompts: int = 1, answers: int = 1, reads: bool = True
+    ):
         self.handles = [Handle(f"prompt {i}", answers, None) for i in range(prompts)]
         for handle in self.handles:
             texts = [TextStream(tokenizer, (), False) for _ in range(answers)]
             handle._describe(Prompt(np.zeros(1, dtype=np.int64)), texts, scored=False)
         self.bodies: list[bytes] = []
-        self.sent = asyncio.Event()
+        self.reads = reads
+        self.gate = SimpleNamespace(handles=set(), metrics=SimpleNamespace(completed=lambda completion: None))
+        self.sent, self.leaves = asyncio.Event(), asyncio.Event()
         self.answer = Answer(
             self.handles,
             ChatForm("tiny", tokenizer, "1", frozenset()),
             stream=True,
             include_usage=False,
-            send_seconds=5,
+            send_seconds=5 if reads else 0.01,
             event_seconds=event_seconds,
-            gate=SimpleNamespace(handles=set(), metrics=SimpleNamespace(completed=lambda completion: None)),
+            gate=self.gate,
             finished=lambda completions: asyncio.sleep(0),
         )
 
@@ -51,19 +56,28 @@ class Client:
         if message["type"] == "http.response.body":
             self.bodies.append(message["body"])
             self.sent.set()
+            if not self.reads:
+                await asyncio.Event().wait()
+
+    async def receive(self):
+        await self.leaves.wait()
+        return {"type": "http.disconnect"}
 
     async def listen(self) -> None:
         scope = {"visit": SimpleNamespace(notes={}, request_id="a")}
-        await self.answer(scope, asyncio.Event().wait, self.send)
+        try:
+            await self.answer(scope, self.receive, self.send)
+        finally:
+            assert all(handle.done for handle in self.handles) and not self.gate.handles  # whatever the end
 
     async def next(self) -> None:
-        await self.sent.wait()
+        await asyncio.wait_for(self.sent.wait(), 5)
         self.sent.clear()
 
-    def contents(self) -> list[list[tuple[int, str]]]:
+    def contents(self, bodies: list[bytes] | None = None) -> list[list[tuple[int, str]]]:
         """By body, the choices' indices and texts."""
         found = []
-        for body in self.bodies:
+        for body in self.bodies if bodies is None else bodies:
             events = [event[6:] for event in body.decode().split("\n\n") if event]
             choices = [choice for event in events if event != "[DONE]" for choice in json.loads(event)["choices"]]
             found.append([(c["index"], c["delta"]["content"]) for c in choices if c["delta"].get("content")])
@@ -90,6 +104,75 @@ def test_between_events_tokens_gather_and_the_end_waits_for_nothing(tokenizer):
     first, rest, done = client.contents()
     assert [index for index, _ in first + rest] == [0, 0] and first[0][1] + rest[0][1] == TEXT
     assert done == [] and client.bodies[-1] == b"data: [DONE]\n\n"
+
+
+def test_after_a_pause_what_has_gathered_is_sent(tokenizer):
+    """While the answer goes on, and each token once."""
+    ids = tokenizer.encode(TEXT, prefix=False)[0]
+
+    async def run() -> Client:
+        client = Client(tokenizer, 0.01)
+        listening = asyncio.create_task(client.listen())
+        for token in ids[:-1]:
+            client.handles[0]._publish(0, token, None)
+            await client.next()
+        client.handles[0]._publish(0, ids[-1], "length")
+        client.handles[0]._finish(None)
+        await asyncio.wait_for(listening, 5)
+        return client
+
+    contents = asyncio.run(run()).contents()
+    assert len(contents) == len(ids) + 1 >= 4 and "".join(text for body in contents for _, text in body) == TEXT
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_errors_in_a_pause_are_told_at_once(tokenizer, prompts):
+    """After what had gathered; the other prompt is given up."""
+    ids = tokenizer.encode(TEXT, prefix=False)[0]
+
+    async def run() -> Client:
+        client = Client(tokenizer, FOR_EVER, prompts)
+        listening = asyncio.create_task(client.listen())
+        client.handles[0]._publish(0, ids[0], None)
+        await client.next()
+        for token in ids[1:]:
+            client.handles[0]._publish(0, token, None)
+        client.handles[0]._finish(DeadlineError("too late"))
+        await asyncio.wait_for(listening, 5)
+        return client
+
+    client = asyncio.run(run())
+    *told, last = client.bodies
+    assert "".join(text for body in client.contents(told) for _, text in body) == TEXT
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "timeout"
+
+
+def test_a_client_that_leaves_in_a_pause_ends_its_request(tokenizer):
+    token = tokenizer.encode("red", prefix=False)[0][0]
+
+    async def run() -> Client:
+        client = Client(tokenizer, FOR_EVER)
+        listening = asyncio.create_task(client.listen())
+        client.handles[0]._publish(0, token, None)
+        await client.next()
+        client.leaves.set()
+        await asyncio.wait_for(listening, 5)
+        return client
+
+    assert len(asyncio.run(run()).bodies) == 1
+
+
+def test_a_client_that_reads_nothing_ends_its_request(tokenizer):
+    token = tokenizer.encode("red", prefix=False)[0][0]
+
+    async def run() -> Client:
+        client = Client(tokenizer, 0, reads=False)
+        client.handles[0]._publish(0, token, None)
+        with pytest.raises(ConnectionError, match="does not read"):
+            await asyncio.wait_for(client.listen(), 5)
+        return client
+
+    assert len(asyncio.run(run()).bodies) == 1
 
 
 def test_without_a_pause_each_token_is_an_event(tokenizer):

@@ -501,8 +501,7 @@ def test_no_route_without_a_key(server: Server, method: bytes):
                 "/health/.." + route,
             ):
                 said = server.raw(method + b" " + path.encode() + b" HTTP/1.1\r\nHost: x\r\n" + key + CLOSE + b"\r\n")
-                assert said.status in (400, 401, 404, 405), (path, key, said.raw)
-                assert said.status == 401 or path != route, (path, key, said.raw)
+                assert said.status == 401, (path, key, said.raw)  # not 404: nothing is told of what there is
     assert server.raw(b"GET /health HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"\r\n").status == 200
 
 

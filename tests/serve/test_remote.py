@@ -211,6 +211,8 @@ TRICKS = [
     "http://a.test\\.b.test/",
     "http:\\\\a.test/",
     "http:/\\a.test/",
+    "http://a.test/\\b.test/cat.png",
+    "http://a.test/cat.png?from=\\\\b.test",
     "http://user@a.test/",
     "http://user:pa%73s@a.test/",
     "http://a.test@127.0.0.1/",

@@ -142,10 +142,13 @@ def test_too_many_at_once(patient):
     with serving(create_app(patient, Settings(max_concurrent=1))) as server, ThreadPoolExecutor(1) as pool:
         first = pool.submit(httpx.post, server.url + CHAT, json=LONG, timeout=60)
         wait_for(lambda: server.app.state.gate.running == 1)
-        refused = httpx.post(server.url + CHAT, json=SHORT)
+        refused = httpx.post(server.url + CHAT, json=SHORT, timeout=60)
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
-        assert httpx.get(server.url + "/health").status_code == 200  # it waits for its token, or sees others made
+        health = httpx.get(server.url + "/health", timeout=60)
+        assert health.status_code == 200  # it waits for its token, or sees others made
         assert first.result().status_code == 200
+        wait_for(lambda: server.app.state.gate.running == 0)
+        assert httpx.post(server.url + CHAT, json=SHORT, timeout=60).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

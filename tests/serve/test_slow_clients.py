@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -78,9 +79,10 @@ def answer(connection: socket.socket) -> bytes:
 
 def until_closed(connection: socket.socket, while_open: Callable[[], None] = lambda: None) -> bytes:
     """What the server said until it closed the connection, which it must."""
-    said = b""
+    said, until = b"", time.monotonic() + 30
     try:
         while True:
+            assert time.monotonic() < until, "still open"
             while_open()
             connection.settimeout(SECONDS / 10)
             try:

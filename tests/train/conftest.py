@@ -59,5 +59,6 @@ def scenes_folder(tmp_path_factory):
     return folder
 
 
-def losses(folder):
-    return [r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+def losses(folder, name="loss"):
+    """What the log has of every step; ``name``: another of its numbers."""
+    return [r[name] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if name in r]

@@ -41,8 +41,8 @@ def mixed(count: int = 84) -> list[dict[str, Any]]:
     return rows
 
 
-def make_trainer(folder: Path, world: World | None, *, out: str, **changes: Any) -> Trainer:
-    """A small model's Trainer; the same weights every time."""
+def make_trainer(folder: Path, world: World | None, *, out: str, broken: bool = False, **changes: Any) -> Trainer:
+    """A small model's Trainer; the same weights every time. ``broken``: half of the pictures cannot be read."""
     tiny = lf.ModelConfig.preset("tiny")
     config = tiny.replace(
         text=dataclasses.replace(tiny.text, num_hidden_layers=2, max_position_embeddings=512),
@@ -56,7 +56,10 @@ def make_trainer(folder: Path, world: World | None, *, out: str, **changes: Any)
     model = lf.Llava(config, seed=1)
     if chosen.lora_rank:
         lora.attach(model, chosen.lora(base=str(folder)), seed=chosen.seed)
-    return Trainer(model, processor, chosen, mixed(), folder / out, eval_samples=held_out, world=world)
+    samples = mixed()
+    for row in [row for row in samples if "image" in row][::2] if broken else ():
+        row["image"] = str(folder / "missing.png")
+    return Trainer(model, processor, chosen, samples, folder / out, eval_samples=held_out, world=world)
 
 
 def main() -> None:
