@@ -55,8 +55,8 @@ class Pair:
     processor: lf.Processor
 
     def engine(self, impl: str = "ours", background: bool = False) -> lf.Engine:
-        """impl: "ours", or with the weights quantized "ours int8" and "ours int4". background: read pictures on threads
-        of their own, as the engine does by default; for one request at a time it makes no difference."""
+        """impl: "ours", or with the weights quantized "ours int8" and "ours int4". background: steps and pictures on
+        threads of the engine's own, as by default."""
         config = lf.EngineConfig(kv_cache_bytes=1 << 30, max_sequences=64)
         model = self.model
         if impl.startswith("ours "):

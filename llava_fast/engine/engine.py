@@ -340,11 +340,9 @@ class Engine:
         for sequence, places, logprobs in step.prompts:
             if not sequence.finished:
                 keep_prompt_logprobs(sequence, places, logprobs)
-        ended = 0
         for row, (sequence, token) in enumerate(zip(step.sequences, step.tokens.tolist(), strict=True)):
             sequence.append(token)
             if sequence.finished:  # cancelled, or it had ended with the token before
-                ended += 1
                 continue
             if sequence.slot >= 0 and sequence.known <= sequence.computed:  # else the step's launch has done it
                 self._scheduler.publish(sequence)
@@ -352,13 +350,13 @@ class Engine:
             if not job.answered:
                 job.answered = True
                 self._stats.count_first_token(job.handle._first_token(job.submitted))
+            self._stats.generated_tokens += 1
             reason = deliver(sequence, token, step.logprobs, row)
             if reason:
                 self._scheduler.remove(sequence)
                 job.sequences.remove(sequence)
                 if not job.sequences and not job.forks:
                     self._end(job, None, reason)
-        self._stats.generated_tokens += len(step.sequences) - ended
 
     def _end(self, job: Job, error: Exception | None, reason: str = "cancelled") -> None:
         """A job is done, failed or cancelled: everything that it holds is free afterwards."""

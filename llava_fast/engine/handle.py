@@ -136,7 +136,8 @@ class Handle:
         if stream.watches:
             return
         spoken = len(output.token_ids) - (output.finish_reason == "stop")  # the token that ends an answer is no text
-        output.text += stream.push(*output.token_ids[len(stream) : spoken])[0]
+        if new := output.token_ids[len(stream) : spoken]:
+            output.text += stream.push(*new)[0]
         if output.finish_reason:
             output.text += stream.finish()
 

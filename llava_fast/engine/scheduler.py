@@ -83,10 +83,9 @@ class Scheduler:
 
     def publish(self, sequence: Sequence) -> None:
         """Let others find the full blocks of a running sequence whose tokens are computed and known."""
-        size = self.block_size
-        full = sequence.computed // size if sequence.computed < sequence.known else sequence.known // size
-        while (done := len(sequence.chain)) < full:
-            sequence.chain.append(self.pool.publish(sequence.blocks[done], sequence.key(done, size)))
+        blocks, size = sequence.blocks, self.block_size
+        while (done := len(sequence.chain)) < min(sequence.computed, sequence.known) // size:
+            sequence.chain.append(self.pool.publish(blocks[done], sequence.key(done, size)))
 
     def _continue_running(self) -> list[Chunk]:
         chunks = []
@@ -101,7 +100,7 @@ class Scheduler:
             if end > len(sequence.blocks) * self.block_size and not self._extend(sequence, end):
                 continue
             room -= count if pending > 1 else 0
-            chunks.append(Chunk(sequence, sequence.computed, count, end == sequence.length))
+            chunks.append(_chunk(sequence, count))
         return chunks
 
     def _extend(self, sequence: Sequence, length: int) -> bool:

@@ -358,9 +358,7 @@ class Trainer:
             loss=loss,
             grad_norm=norm,
             sample_ids=[i for batch in batches for i in batch.sample_ids],
-            tokens=sum(
-                batch.num_tokens for batch in batches if batch.num_supervised
-            ),  # not of what fills an empty place
+            tokens=sum(b.num_tokens for b in batches if b.num_supervised),  # not of what fills an empty place
             supervised=supervised,
             flops=flops,
             lr=self.recipe.lr * factor,
