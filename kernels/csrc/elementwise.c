@@ -13,6 +13,7 @@ lk_status lk_rms_norm(lk_handle *handle, const lk_rms_norm_args *args, lk_stream
     if (!args->residual != !args->sum)
         return lk_fail(handle, LK_INVALID_ARGUMENT, "residual and sum go together: one of them is NULL");
     if (handle->device == LK_CPU) return lk_cpu_rms_norm(handle, args);
+    if (args->rstd) return lk_fail(handle, LK_UNSUPPORTED, "rms_norm keeps rstd on the CPU only");
 
     const char *type = lk_pointer_type(args->dtype);
     struct lk_values values = VALUES(
@@ -60,7 +61,7 @@ lk_status lk_rope(lk_handle *handle, const lk_rope_args *args, lk_stream stream)
         INTEGER("heads", args->heads),
         INTEGER("HALF", args->head_dim / 2),
         INTEGER("BLOCK", lk_next_power_of_2(args->head_dim / 2)),
-        INTEGER("INVERSE", 0));
+        INTEGER("INVERSE", args->inverse != 0));
     lk_add_blocks(handle, "rope", args->tokens, &values);
     const struct lk_kernel *kernel;
     status = lk_find(handle, "_rope_kernel", &values, &kernel);

@@ -68,8 +68,8 @@ typedef struct lk_project_splice_args {
 } lk_project_splice_args;
 LK_API lk_status lk_project_splice(lk_handle *handle, const lk_project_splice_args *args, lk_stream stream);
 
-/* x / sqrt(mean(x^2) + eps) * weight over rows of `width`, the statistics in float32; with a residual, of x + residual,
- * and that sum is written too. */
+/* x / sqrt(mean(x^2) + eps) * weight over rows of `width`, the statistics in float32, rounded before the weight; with a
+ * residual, of x + residual as it is written to sum. */
 typedef struct lk_rms_norm_args {
     lk_dtype dtype;
     int64_t rows, width;
@@ -81,6 +81,7 @@ typedef struct lk_rms_norm_args {
     const void *weight;    /* (width,) */
     void *out;             /* (rows, width) */
     void *sum;             /* (rows, width) x + residual; NULL without a residual */
+    float *rstd;           /* (rows,) 1 / sqrt(mean(x^2) + eps) for a backward pass, on the CPU only; or NULL */
 } lk_rms_norm_args;
 LK_API lk_status lk_rms_norm(lk_handle *handle, const lk_rms_norm_args *args, lk_stream stream);
 
@@ -93,6 +94,7 @@ typedef struct lk_rope_args {
     const float *cos, *sin;    /* (tokens, head_dim/2) of each token's position */
     void *out;                 /* (tokens, heads, head_dim) */
     int64_t out_token_stride, out_head_stride;
+    int inverse;               /* 1: by the opposite angle, which is the backward pass */
 } lk_rope_args;
 LK_API lk_status lk_rope(lk_handle *handle, const lk_rope_args *args, lk_stream stream);
 
@@ -142,7 +144,7 @@ LK_API lk_status lk_paged_attention(lk_handle *handle, const lk_paged_attention_
 
 /* ---- On the CPU only: lk_create with LK_CPU. Weights are read where they lie and are not copied. */
 
-/* Threads that a call may use, the caller's among them; 1 to begin with. They sleep between calls. */
+/* Threads that a call may use, the caller's among them; 1 to begin with. They sleep when no call comes for 60 us. */
 LK_API lk_status lk_set_threads(lk_handle *handle, int threads);
 /* "portable", "avx2", "avx512", "avx512vnni" or "neon": LK_UNSUPPORTED where the processor or the build lacks it. To
  * begin with, and with NULL, the best there is. */
@@ -225,6 +227,60 @@ typedef struct lk_step_args {
 LK_API lk_status lk_decoder_step(lk_decoder *decoder, const lk_step_args *args);
 /* Final norm and head: hidden (rows, width) -> logits (rows, vocabulary). */
 LK_API lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float *hidden, float *logits);
+
+/* ---- Training on the CPU. Float32 inside; every result is written once, and nothing depends on the threads. */
+
+/* With h = x * rstd and g = d_out * weight: d_x = rstd * (g - h * mean(g * h)) + d_sum, d_weight = sum of d_out * h. */
+typedef struct lk_rms_norm_backward_args {
+    lk_dtype dtype;
+    int64_t rows, width;
+    const void *d_out;     /* (rows, width) */
+    int64_t d_out_stride;  /* from row to row */
+    const void *d_sum;     /* (rows, width) a further gradient of x, or NULL */
+    int64_t d_sum_stride;
+    const void *x;         /* (rows, width) what was normed */
+    int64_t x_stride;
+    const void *weight;    /* (width,) */
+    const float *rstd;     /* (rows,) */
+    void *d_x;             /* (rows, width), or NULL */
+    float *d_weight;       /* (width,), or NULL */
+} lk_rms_norm_backward_args;
+LK_API lk_status lk_rms_norm_backward(lk_handle *handle, const lk_rms_norm_backward_args *args);
+
+typedef struct lk_swiglu_backward_args {
+    lk_dtype dtype;
+    int64_t rows, inner;
+    const void *d_out;       /* (rows, inner) */
+    int64_t d_out_stride;    /* from row to row */
+    const void *gate_up;     /* (rows, 2 * inner), gate first */
+    int64_t gate_up_stride;
+    void *d_gate_up;         /* (rows, 2 * inner) */
+} lk_swiglu_backward_args;
+LK_API lk_status lk_swiglu_backward(lk_handle *handle, const lk_swiglu_backward_args *args);
+
+/* softmax(q k^T / sqrt(head_dim)) v inside each of the sequences that lie end to end. */
+typedef struct lk_varlen_attention_args {
+    lk_dtype dtype;
+    int64_t tokens, sequences, heads, kv_heads, head_dim; /* head_dim: up to 256 */
+    int causal;                /* 1: a token sees itself and what comes before it */
+    const void *q;             /* (tokens, heads, head_dim) */
+    int64_t q_token_stride, q_head_stride;
+    const void *k, *v;         /* (tokens, kv_heads, head_dim) */
+    int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+    const int32_t *cu_seqlens; /* (sequences + 1,) where each sequence starts, then tokens */
+    void *out;                 /* (tokens, heads, head_dim) */
+    float *lse;                /* (heads, tokens) log2 of the sum of 2^score, scores in units of log 2 */
+} lk_varlen_attention_args;
+LK_API lk_status lk_varlen_attention(lk_handle *handle, const lk_varlen_attention_args *args);
+
+typedef struct lk_varlen_attention_backward_args {
+    lk_varlen_attention_args forward; /* its out and lse are read */
+    const void *d_out;                /* (tokens, heads, head_dim) */
+    int64_t d_out_token_stride, d_out_head_stride;
+    void *dq;                         /* (tokens, heads, head_dim), or NULL */
+    void *dk, *dv;                    /* (tokens, kv_heads, head_dim), or both NULL */
+} lk_varlen_attention_backward_args;
+LK_API lk_status lk_varlen_attention_backward(lk_handle *handle, const lk_varlen_attention_backward_args *args);
 
 #ifdef __cplusplus
 }

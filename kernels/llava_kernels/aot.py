@@ -30,6 +30,7 @@ from llava_kernels.build import ARCHS, Build, Compiled, compile_for
 from llava_kernels.embed import c_source
 
 WORKERS = 2  # the compiler takes a few hundred MB for the largest kernels
+MANY = 8  # kernels that take longer to compile than processes take to begin
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def collect(arch: int) -> dict[str, Build]:
 
 
 def compile_all(archs: Sequence[int] = ARCHS, only: str = "") -> list[Compiled]:
-    """The kernels whose name matches the regular expression ``only``, compiled in processes of their own.
+    """The kernels whose name matches the regular expression ``only``; many are compiled in processes of their own.
 
     Raises:
         CompileError: no name matches, or kernels do not compile: it tells of all of them.
@@ -103,9 +104,11 @@ def compile_all(archs: Sequence[int] = ARCHS, only: str = "") -> list[Compiled]:
     jobs = [(name, arch) for arch in archs for name in collect(arch) if re.search(only, name)]
     if not jobs:
         raise CompileError(f"no kernel's name matches {only!r}")
-    # Spawned, not forked: torch has threads by now.
-    with ProcessPoolExecutor(min(WORKERS, len(jobs)), multiprocessing.get_context("spawn")) as pool:
-        results = list(pool.map(compile_one, *zip(*jobs, strict=True)))
+    if len(jobs) < MANY:
+        results = [compile_one(*job) for job in jobs]
+    else:  # spawned, not forked: torch has threads by now
+        with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+            results = list(pool.map(compile_one, *zip(*jobs, strict=True)))
     if failures := [result for result in results if isinstance(result, str)]:
         raise CompileError("\n".join(failures))
     return [result for result in results if isinstance(result, Compiled)]

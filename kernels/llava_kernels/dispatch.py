@@ -1,4 +1,5 @@
-"""Which implementation of an op runs: its Triton kernel on a CUDA tensor, its reference in plain PyTorch elsewhere."""
+"""Which implementation of an op runs: its Triton kernel on a CUDA tensor; on a CPU the C library's code for a training
+step's operations, where it was built, and the reference in plain PyTorch for the others."""
 
 from __future__ import annotations
 
@@ -40,10 +41,11 @@ def chosen() -> str:
 def implementation(choice: str) -> Iterator[None]:
     """Within the block, every op runs by ``choice``: "auto", "reference" (for debugging), "triton" or "native".
 
-    "auto" and "native" decode on CPUs through the C library (:mod:`llava_kernels.library`) where it was built. "native"
-    takes it for linear_int8, linear_int4, project_splice and paged_attention too (:mod:`llava_kernels.native`), without
-    gradients; for all other operations it is "reference". "triton" on CPU tensors needs TRITON_INTERPRET=1 in the
-    environment before the import.
+    "auto" and "native" decode on CPUs through the C library (:mod:`llava_kernels.library`) where it was built, and
+    train with its norms, rotation, SwiGLU and attention (:mod:`llava_kernels.native_training`); so does project_splice
+    without gradients (:mod:`llava_kernels.native`). "native" takes it for linear_int8, linear_int4 and paged_attention
+    too, without gradients; for all other operations both are "reference" on CPUs. "triton" on CPU tensors needs
+    TRITON_INTERPRET=1 in the environment before the import.
 
     Raises:
         ValueError: ``choice`` is none of these.

@@ -52,12 +52,13 @@ class PagedAttentionArgs(Structure):
     ]
 
 
-def use_native(*tensors: Tensor | None) -> bool:
-    """Whether the op that is about to run on ``tensors`` goes to the C library: where "native" is asked for.
+def use_native(*tensors: Tensor | None, choices: tuple[str, ...] = ("native",)) -> bool:
+    """Whether the op that is about to run on ``tensors`` goes to the C library: where one of ``choices`` is asked for.
 
-    Not by itself: activations that meet 8 and 4 bits are rounded to 16 bits there, which float32 callers would see.
+    Not by itself ("auto") for 8 and 4 bits: activations that meet them are rounded to 16 bits there, which float32
+    callers would see.
     """
-    if chosen() != "native" or not available():
+    if chosen() not in choices or not available():
         return False
     given = [t for t in tensors if t is not None]
     return (
@@ -68,9 +69,13 @@ def use_native(*tensors: Tensor | None) -> bool:
     )
 
 
-@constant_under_compile
-@cache
+@constant_under_compile  # which sees no mark on what a cache wraps
 def available() -> bool:
+    return _available()
+
+
+@cache
+def _available() -> bool:
     from llava_kernels import library  # knows the package, whose operations know this module
 
     return library.load() is not None

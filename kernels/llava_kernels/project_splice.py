@@ -48,7 +48,8 @@ def project_splice(
         ValueError: the sizes do not fit together, or the Triton kernel is to run on a dtype that it does not take.
     """
     _check(features, weight, bias, embedding, input_ids, image_rows, text_rows)
-    if use_triton(features) or native.use_native(features, weight, bias, embedding):
+    tensors = (features, weight, bias, embedding)
+    if use_triton(features) or native.use_native(*tensors, choices=("auto", "native")):
         return torch.ops.llava_kernels.project_splice(
             features, weight, bias, embedding, input_ids, image_rows, text_rows
         )

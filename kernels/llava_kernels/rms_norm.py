@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llava_kernels import native, native_training
 from llava_kernels.build import Build
 from llava_kernels.dispatch import use_triton
 from llava_kernels.tiles import blocks_for, blocks_on
@@ -28,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: ``weight`` is not (D,).
     """
     _check(x, weight)
-    if use_triton(x):
+    if use_triton(x) or native_training.takes(x, weight):
         return torch.ops.llava_kernels.rms_norm(x, weight, eps)[0]
     return rms_norm_reference(x, weight, eps)
 
@@ -52,7 +53,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         raise ValueError(
             f"residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}; they must agree"
         )
-    if use_triton(x):
+    if use_triton(x) or native_training.takes(x, weight):
         normed, total, _ = torch.ops.llava_kernels.add_rms_norm(x, residual, weight, eps)
         return normed, total
     return add_rms_norm_reference(x, residual, weight, eps)
@@ -335,6 +336,9 @@ def _differentiate_add_rms_norm(
     )
 
 
+native.runs_on_cpu(_rms_norm, native_training.rms_norm)
+native.runs_on_cpu(_add_rms_norm, native_training.add_rms_norm)
+native.runs_on_cpu(_rms_norm_backward, native_training.rms_norm_backward)
 _rms_norm.register_autograd(_differentiate_rms_norm, setup_context=_save_rms_norm)
 _add_rms_norm.register_autograd(_differentiate_add_rms_norm, setup_context=_save_add_rms_norm)
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llava_kernels import native, native_training
 from llava_kernels.build import Build
 from llava_kernels.dispatch import use_triton
 from llava_kernels.tiles import blocks_for, blocks_on
@@ -28,7 +29,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ValueError: the shapes do not fit each other.
     """
     check_angles(x, cos, sin)
-    if use_triton(x):
+    if use_triton(x) or native_training.takes(x):
         return torch.ops.llava_kernels.rope(x, cos, sin, False)
     return rope_reference(x, cos, sin)
 
@@ -42,7 +43,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     check_angles(x, cos, sin)
     if x.requires_grad:
         raise ValueError("rope_ overwrites x, which requires a gradient; use rope")
-    if use_triton(x):
+    if use_triton(x) or native_training.takes(x):
         torch.ops.llava_kernels.rope_(x, cos, sin)
         return x
     return x.copy_(rope_reference(x, cos, sin))
@@ -174,6 +175,8 @@ def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.llava_kernels.rope(d_out, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
+native.runs_on_cpu(_rope, native_training.rope)
+native.runs_on_cpu(_rope_in_place, native_training.rope_)
 _rope.register_autograd(_differentiate, setup_context=_save)
 
 

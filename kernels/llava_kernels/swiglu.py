@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llava_kernels import native, native_training
 from llava_kernels.build import Build
 from llava_kernels.dispatch import use_triton
 from llava_kernels.tiles import blocks_for, blocks_on
@@ -28,7 +29,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up of shape {tuple(gate_up.shape)} has no two halves")
-    if use_triton(gate_up):
+    if use_triton(gate_up) or native_training.takes(gate_up):
         return torch.ops.llava_kernels.swiglu(gate_up)
     return swiglu_reference(gate_up)
 
@@ -143,6 +144,8 @@ def _differentiate(ctx: Any, d_out: Tensor) -> Tensor:
     return torch.ops.llava_kernels.swiglu_backward(d_out, *ctx.saved_tensors)
 
 
+native.runs_on_cpu(_swiglu, native_training.swiglu)
+native.runs_on_cpu(_swiglu_backward, native_training.swiglu_backward)
 _swiglu.register_autograd(_differentiate, setup_context=_save)
 
 

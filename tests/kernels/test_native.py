@@ -110,8 +110,10 @@ def test_gradients_are_torchs(calls):
     torch.testing.assert_close(weight.grad, features.sum(0).expand(6, 8))
     assert calls == []
     with torch.no_grad():
-        lk.project_splice(features, weight, None, table, torch.zeros(4).long(), places, places[:0])
-    assert calls == ["lk_project_splice"]
+        for choice in ("native", "auto", "reference"):
+            with lk.implementation(choice):
+                lk.project_splice(features, weight, None, table, torch.zeros(4).long(), places, places[:0])
+    assert calls == ["lk_project_splice"] * 2
 
 
 def test_registration():

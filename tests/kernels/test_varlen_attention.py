@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import llava_kernels
-from llava_kernels import varlen_attention
+from llava_kernels import library, varlen_attention
 from llava_kernels.attention import IMPLEMENTATIONS, backend, triton_varlen
 from llava_kernels.attention.varlen import choose
 
@@ -76,6 +76,18 @@ def check(qkv: list[Tensor], seqlens, causal: bool, implementation: str = "trito
         assert_as_good_as_torch(*one_of_each, times=3, roundings=roundings)
 
 
+native = pytest.mark.skipif(library.load() is None, reason="libllava_kernels was not built")
+
+
+@native
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 64), (4, 2, 18), (6, 2, 128), (2, 2, 256)])
+@pytest.mark.parametrize("seqlens", [LONG, SHORT])
+def test_native(seqlens, heads, kv_heads, head_dim, causal, dtype):
+    check(noise(sum(seqlens), heads, kv_heads, head_dim, dtype), seqlens, causal, "native", roundings=4)
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize(("seqlens", "heads", "kv_heads", "head_dim"), [(LONG, 1, 1, 64), (SHORT, 4, 2, 16)])
 def test_triton(seqlens, heads, kv_heads, head_dim, causal, dtype, device):
@@ -87,40 +99,45 @@ def test_triton_head_sizes(head_dim, dtype, device):
     check(noise(43, 2, 1, head_dim, dtype, device), (36, 7), True)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "triton"])
+@pytest.mark.parametrize("implementation", ["sdpa", "triton", pytest.param("native", marks=native)])
 @pytest.mark.parametrize("seqlens", [(1,), (1, 1, 1), (0, 17)])
 def test_short(implementation, seqlens, device):
     """Of one key the definition gives exact zeros for the gradients of q and k; others get them by subtraction."""
     check(noise(sum(seqlens), 2, 1, 16, FP32, device), seqlens, True, implementation, roundings=8)
 
 
+implementations = pytest.mark.parametrize("implementation", ["triton", pytest.param("native", marks=native)])
+
+
+@implementations
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # numpy's remark, on scores that are masked after
-def test_scores_far_from_zero(device):
+def test_scores_far_from_zero(implementation, device):
     """The largest score is subtracted before exp, whichever block it is in.
 
     The backward pass takes probabilities from a sum's logarithm, which is rounded at the size of the scores: hundreds.
     """
     q, k, v = noise(70, 1, 1, 16, FP32, device)
     qkv = [q.detach().mul(60).requires_grad_(), k, v]
-    mine, torchs = (varlen_attention(*qkv, (70,), implementation=i) for i in ("triton", "reference"))
+    mine, torchs = (varlen_attention(*qkv, (70,), implementation=i) for i in (implementation, "reference"))
     expected = exact(*qkv, (70,), True)
     assert_as_good_as_torch(mine, torchs, expected, times=2)
     for a, b in zip(gradients(mine, qkv), gradients(expected, qkv), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_strides(device):
+@implementations
+def test_strides(implementation, device):
     """q, k and v as views of one merged product, and with heads whose values do not lie side by side."""
     merged = torch.randn(40, 8, 16, device=device)
     q, k, v = (x.detach().requires_grad_() for x in merged.split((4, 2, 2), dim=1))
     assert q.stride() == k.stride() == (128, 16, 1)
-    check([q, k, v], (9, 31), True)
+    check([q, k, v], (9, 31), True, implementation)
     q, k, v = (torch.randn(16, n, 40, device=device).permute(2, 1, 0).requires_grad_() for n in (4, 2, 2))
-    check([q, k, v], (9, 31), True)
+    check([q, k, v], (9, 31), True, implementation)
     d_out = torch.randn(16, 4, 40, device=device).permute(2, 1, 0)
     mine, expected = (
         torch.autograd.grad(varlen_attention(q, k, v, (9, 31), implementation=i), q, d_out)[0]
-        for i in ("triton", "reference")
+        for i in (implementation, "reference")
     )
     torch.testing.assert_close(mine, expected)
 
@@ -418,9 +435,11 @@ def test_auto_without_torchs_varlen_attn(bare):
 
 def test_auto_on_a_cpu(bare):
     install(bare, "flash-attn")
-    assert choose("auto", torch.device("cpu"), BF16, 128) == "sdpa"
+    cpu, built = torch.device("cpu"), "native" if library.load() else "sdpa"
+    assert choose("auto", cpu, BF16, 128) == built
+    assert choose("auto", cpu, FP16, 128) == choose("auto", cpu, BF16, 257) == "sdpa"
     qkv = noise(9, 2, 1, 16, FP32)
-    assert torch.equal(varlen_attention(*qkv, (4, 5)), varlen_attention(*qkv, (4, 5), implementation="sdpa"))
+    assert torch.equal(varlen_attention(*qkv, (4, 5)), varlen_attention(*qkv, (4, 5), implementation=built))
 
 
 def test_a_library_that_does_not_load_is_passed_over(bare):
@@ -495,7 +514,7 @@ def test_forced_by_the_environment_or_the_caller(monkeypatch):
     with llava_kernels.implementation("triton"):  # so is what every op is told
         assert choose("auto", *where) == "triton"
     monkeypatch.setenv("LLAVA_ATTENTION", "auto")
-    assert choose("auto", *where) == "sdpa"
+    assert choose("auto", *where) == ("native" if library.load() else "sdpa")
     monkeypatch.setenv("LLAVA_ATTENTION", "fastest")
     with pytest.raises(ValueError, match="'fastest' is not known"):
         choose("auto", *where)
@@ -504,4 +523,4 @@ def test_forced_by_the_environment_or_the_caller(monkeypatch):
 
 
 def test_every_name_is_one_of_auto_or_asked_for():
-    assert set(llava_kernels.attention.FASTEST) | {"reference"} == set(IMPLEMENTATIONS)
+    assert {*llava_kernels.attention.FASTEST, "native", "reference"} == set(IMPLEMENTATIONS)

@@ -183,15 +183,6 @@ void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, cons
     }
 }
 
-template <class F>
-lk_status guarded(lk_handle *handle, F &&body) {
-    try {
-        return body();
-    } catch (const std::exception &error) {
-        return lk_fail(handle, LK_OUT_OF_MEMORY, "%s", error.what());
-    }
-}
-
 } // namespace
 
 extern "C" {
@@ -244,7 +235,6 @@ lk_status lk_decoder_step(lk_decoder *decoder, const lk_step_args *args) {
                           args->block_table, args->context_lens, args->query_start, args->table_stride};
     if (lk_status status = check_step(handle, paged, args->tokens, shape.blocks)) return status;
     return guarded(handle, [&] {
-        Pool::Busy busy(*handle->cpu->pool);
         run_layers(decoder, *handle->cpu, *args, paged);
         return LK_OK;
     });
@@ -258,7 +248,6 @@ lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float *hidden
     CHECK_POINTERS(handle, {"hidden", hidden}, {"logits", logits});
     return guarded(handle, [&] {
         lk_cpu &cpu = *handle->cpu;
-        Pool::Busy busy(*cpu.pool);
         const lk_weight &head = decoder->args.head;
         const Source source{LK_FLOAT32, hidden, decoder->args.width, decoder->norm(2 * decoder->args.layers),
                             decoder->args.eps};

@@ -58,6 +58,22 @@ constexpr int64_t FEW_ROWS = 4; // activations that one thread prepares sooner t
 inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t size_of(lk_dtype dtype) { return dtype == LK_FLOAT32 ? 4 : 2; }
 
+// Nothing that C++ throws may reach C.
+template <class F>
+lk_status guarded(lk_handle *handle, F &&body) {
+    try {
+        return body();
+    } catch (const std::exception &error) {
+        return lk_fail(handle, LK_OUT_OF_MEMORY, "%s", error.what());
+    }
+}
+
+inline lk_status cpu_only(lk_handle *handle) {
+    if (!handle) return LK_INVALID_ARGUMENT;
+    if (!handle->cpu) return lk_fail(handle, LK_UNSUPPORTED, "only a handle of LK_CPU can do this");
+    return LK_OK;
+}
+
 // LK_INVALID_ARGUMENT or LK_UNSUPPORTED with the name of the weight where something about it cannot be.
 lk_status check_weight(lk_handle *handle, const char *name, const lk_weight &weight);
 lk_status check_dtype(lk_handle *handle, const char *op, lk_dtype dtype);
@@ -77,6 +93,15 @@ void share_product(lk_cpu &cpu, int64_t rows, int64_t features, int64_t unit, F 
         body(row, rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK, first, features - first < part ? features - first : part,
              thread);
     });
+}
+
+// Calls body(first, last, part) for runs of rows of `width` values, which do not depend on how many threads there are.
+constexpr int64_t PART_VALUES = 1 << 15;
+template <class F>
+void share_rows(lk_cpu &cpu, int64_t rows, int64_t width, F &&body) {
+    const int64_t part = width < PART_VALUES ? PART_VALUES / width : 1, parts = cdiv(rows, part);
+    if (parts == 1) return body(int64_t{0}, rows, int64_t{0});
+    cpu.pool->each(parts, [&](int64_t i, int) { body(i * part, (i + 1) * part < rows ? (i + 1) * part : rows, i); });
 }
 
 // Attention of every sequence of a step; q and out are (tokens, heads * head_dim) floats.

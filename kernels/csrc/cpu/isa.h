@@ -51,6 +51,70 @@ struct Attention {
 };
 constexpr int64_t MAX_QUERIES = 32, KEY_TILE = 64, MAX_HEAD_DIM = 256;
 
+// Work on rows first..last-1. Strides count elements; what the header calls NULL may be NULL.
+struct RmsNorm {
+    lk_dtype dtype;
+    int64_t width;
+    float eps;
+    const void *x, *residual, *weight;
+    int64_t x_stride, residual_stride;
+    void *out, *sum;
+    float *rstd;
+};
+struct RmsNormBackward {
+    lk_dtype dtype;
+    int64_t width;
+    const void *d_out, *d_sum, *x, *weight;
+    int64_t d_out_stride, d_sum_stride, x_stride;
+    const float *rstd;
+    void *d_x;
+};
+struct Rope {
+    lk_dtype dtype;
+    int64_t heads, head_dim;
+    const void *x;
+    int64_t x_token_stride, x_head_stride;
+    const float *cos, *sin;
+    bool inverse;
+    void *out;
+    int64_t out_token_stride, out_head_stride;
+};
+struct Swiglu {
+    lk_dtype dtype;
+    int64_t inner;
+    const void *gate_up, *d_out; // d_out: of the backward pass
+    int64_t gate_up_stride, d_out_stride;
+    void *out; // (rows, inner), or (rows, 2 * inner) of the backward pass
+};
+
+// One head of keys of one sequence, with the `group` heads of queries that share it. Pointers are at the sequence's first
+// token and the first of the heads; heads of queries lie q_head (d_out_head) apart in q (d_out), head_dim in out and dq.
+struct VarlenAttention {
+    lk_dtype dtype;
+    int64_t tokens, group, head_dim;
+    bool causal;
+    const void *q, *k, *v;
+    int64_t q_token, q_head, k_token, v_token;
+    void *out;         // read by the backward pass
+    int64_t out_token; // of out and dq
+    float *lse;        // log2 of the sum of 2^score, scores in units of log 2
+    int64_t lse_head;
+    const void *d_out;
+    int64_t d_out_token, d_out_head;
+    void *dq;          // or NULL
+    void *dk, *dv;     // or both NULL
+    int64_t d_kv_token;
+};
+constexpr int64_t FLASH_BLOCK = 64; // queries, and keys, that meet at a time
+// Floats of scratch memory for a sequence of so many tokens.
+constexpr int64_t flash_width(int64_t head_dim) { return (head_dim + 31) / 32 * 32; } // two of the widest vectors
+constexpr int64_t flash_rows(int64_t tokens) { return (tokens + FLASH_BLOCK - 1) / FLASH_BLOCK * FLASH_BLOCK; }
+constexpr int64_t flash_scratch(int64_t tokens, int64_t head_dim, bool backward) {
+    const int64_t width = flash_width(head_dim), all = flash_rows(tokens) * width;
+    return backward ? 8 * all + flash_rows(tokens) + 2 * FLASH_BLOCK * FLASH_BLOCK + MAX_HEAD_DIM
+                    : 2 * all + 2 * FLASH_BLOCK * width + FLASH_BLOCK * FLASH_BLOCK + MAX_HEAD_DIM;
+}
+
 struct Isa {
     const char *name;
     int lanes;
@@ -60,9 +124,6 @@ struct Isa {
     // out[m][n] (+)= panel row first_row + m times weight row first + n, for m < rows, n < count.
     void (*products)(const lk_weight &weight, const Panel &panel, int64_t first_row, int64_t rows, int64_t first,
                      int64_t count, float *out, int64_t out_stride, bool add);
-    // out = x / sqrt(mean(x^2) + eps) * weight; with a residual of x + residual, which goes into sum.
-    void (*rms_norm)(lk_dtype dtype, int64_t width, const void *x, const void *residual, const void *weight, float eps,
-                     void *out, void *sum);
     // (head_dim,) element i turned with element i + head_dim / 2.
     void (*turn)(float *x, int64_t head_dim, const float *cos, const float *sin);
     // out[i] = silu(gate[i]) * up[i]
@@ -71,6 +132,15 @@ struct Isa {
     void (*to_float)(lk_dtype dtype, const void *from, float *to, int64_t count);
     void (*from_float)(lk_dtype dtype, const float *from, void *to, int64_t count);
     int64_t (*argmax)(const float *x, int64_t count);
+
+    void (*rms_norm)(const RmsNorm &task, int64_t first, int64_t last);
+    // d_weight (width,) is added to, or NULL.
+    void (*rms_norm_backward)(const RmsNormBackward &task, int64_t first, int64_t last, float *d_weight);
+    void (*rope)(const Rope &task, int64_t first, int64_t last);
+    void (*swiglu_rows)(const Swiglu &task, int64_t first, int64_t last);
+    void (*swiglu_rows_backward)(const Swiglu &task, int64_t first, int64_t last);
+    void (*varlen_attention)(const VarlenAttention &task, float *scratch);
+    void (*varlen_attention_backward)(const VarlenAttention &task, float *scratch);
 };
 // Floats of scratch memory that attend needs.
 constexpr int64_t ATTEND_SCRATCH = 2 * KEY_TILE * MAX_HEAD_DIM + MAX_QUERIES * (KEY_TILE + MAX_HEAD_DIM);

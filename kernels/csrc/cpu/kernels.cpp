@@ -1,5 +1,5 @@
 // The inner functions of isa.h, compiled once for each instruction set (LK_ISA, LK_LANES and the compiler's flags).
-#include "isa.h"
+#include "inner.h"
 #include "vectors.h"
 
 namespace {
@@ -12,29 +12,7 @@ constexpr int64_t PAIR = 2 * L; // bfloat16 values that are read at a time
 constexpr int ROWS = 3, WIDE = 4; // few rows of x, and of the weight, at a time: 12 sums and 4 operands fill 16 registers
 constexpr int64_t CHUNK = 128; // values that are looked at together where a whole row is not at hand
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // ---- activations
-
-void to_float(lk_dtype dtype, const void *from, float *to, int64_t count) {
-    int64_t i = 0;
-    if (dtype == LK_FLOAT32) {
-        memcpy(to, from, (size_t)count * sizeof(float));
-        return;
-    }
-    const uint16_t *half = (const uint16_t *)from;
-    for (; i + L <= count; i += L) store(to + i, load_bf16(half + i));
-    for (; i < count; i++) to[i] = from_bf16(half[i]);
-}
-
-void from_float(lk_dtype dtype, const float *from, void *to, int64_t count) {
-    if (dtype == LK_FLOAT32) {
-        memcpy(to, from, (size_t)count * sizeof(float));
-        return;
-    }
-    uint16_t *half = (uint16_t *)to;
-    for (int64_t i = 0; i < count; i++) half[i] = to_bf16(from[i]);
-}
 
 // 1 / the root of the mean square, without a copy of a row of halves.
 float inverse_norm(lk_dtype dtype, const void *x, int64_t width, float eps) {
@@ -353,7 +331,7 @@ void many_rows(const lk_weight &weight, const float *x, int64_t stride, int64_t 
 // ---- products with weights of 8 and 4 bits, whose layout is that of quantized_linear.py; integers throughout a group
 
 // What a part of the features of a 4-bit weight and of its groups needs besides the codes.
-constexpr int64_t PART = 48, GROUPS = 32;
+constexpr int64_t PART = 48, GROUPS = 96;
 struct Scales {
     float scale[GROUPS][PART];
     float base[lk::ROW_BLOCK][PART]; // for each row of x: what the offsets come to
@@ -743,31 +721,6 @@ void attend(const Attention &task, float *scratch) {
     }
 }
 
-void rms_norm(lk_dtype dtype, int64_t width, const void *x, const void *residual, const void *weight, float eps,
-              void *out, void *sum_out) {
-    const uint16_t *half = (const uint16_t *)x, *half_residual = (const uint16_t *)residual;
-    const uint16_t *half_weight = (const uint16_t *)weight;
-    const float *real = (const float *)x, *real_residual = (const float *)residual, *real_weight = (const float *)weight;
-    const bool wide = dtype == LK_FLOAT32;
-    auto value = [&](int64_t i) {
-        float v = wide ? real[i] : from_bf16(half[i]);
-        if (residual) v += wide ? real_residual[i] : from_bf16(half_residual[i]);
-        return v;
-    };
-    double squares = 0;
-    for (int64_t i = 0; i < width; i++) squares += (double)value(i) * value(i);
-    const float factor = 1.f / __builtin_sqrtf((float)(squares / (double)width) + eps);
-    for (int64_t i = 0; i < width; i++) {
-        const float v = value(i), y = v * factor * (wide ? real_weight[i] : from_bf16(half_weight[i]));
-        if (sum_out && wide) ((float *)sum_out)[i] = v;
-        if (sum_out && !wide) ((uint16_t *)sum_out)[i] = to_bf16(v);
-        if (wide)
-            ((float *)out)[i] = y;
-        else
-            ((uint16_t *)out)[i] = to_bf16(y);
-    }
-}
-
 } // namespace
 
 #define NAME_(x) #x
@@ -775,6 +728,8 @@ void rms_norm(lk_dtype dtype, int64_t width, const void *x, const void *residual
 
 namespace lk {
 extern const Isa LK_ISA;
-const Isa LK_ISA = {NAME(LK_ISA), L,    prepare, products,   rms_norm, turn,
-                    swiglu,       attend, to_float, from_float, argmax};
+const Isa LK_ISA = {NAME(LK_ISA), L, prepare, products, turn, swiglu, attend, to_float, from_float, argmax,
+                    LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
+                    LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
+                    LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward};
 } // namespace lk

@@ -7,8 +7,11 @@
 namespace lk {
 
 static const Isa *const built[] = {
+#if defined(LK_HAVE_AVX512)
+    &avx512vnni, &avx512,
+#endif
 #if defined(LK_HAVE_X86)
-    &avx512vnni, &avx512, &avx2,
+    &avx2,
 #elif defined(LK_HAVE_NEON)
     &neon,
 #endif
@@ -19,11 +22,13 @@ static bool runs(const Isa *isa) {
 #if defined(LK_HAVE_X86)
     __builtin_cpu_init();
     const bool floor = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (isa == &avx2) return floor;
+#if defined(LK_HAVE_AVX512)
     const bool wide = floor && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (isa == &avx2) return floor;
     if (isa == &avx512) return wide;
     if (isa == &avx512vnni) return wide && __builtin_cpu_supports("avx512vnni");
+#endif
 #endif
     (void)isa;
     return true;
@@ -141,15 +146,8 @@ const lk::Panel &PanelBuffer::fit(const lk_weight &weight, int64_t rows, int64_t
     return panel;
 }
 
-// Nothing that C++ throws may reach C.
-template <class F>
-static lk_status guarded(lk_handle *handle, F &&body) {
-    try {
-        return body();
-    } catch (const std::exception &error) {
-        return lk_fail(handle, LK_OUT_OF_MEMORY, "%s", error.what());
-    }
-}
+using lk::cpu_only;
+using lk::guarded;
 
 extern "C" {
 
@@ -164,12 +162,6 @@ lk_status lk_cpu_open(lk_handle *handle) {
 }
 
 void lk_cpu_close(lk_cpu *cpu) { delete cpu; }
-
-static lk_status cpu_only(lk_handle *handle) {
-    if (!handle) return LK_INVALID_ARGUMENT;
-    if (!handle->cpu) return lk_fail(handle, LK_UNSUPPORTED, "only a handle of LK_CPU can do this");
-    return LK_OK;
-}
 
 lk_status lk_set_threads(lk_handle *handle, int threads) {
     if (lk_status status = cpu_only(handle)) return status;
@@ -201,7 +193,6 @@ lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream) {
     CHECK_POINTERS(handle, {"x", args->x}, {"out", args->out});
     return guarded(handle, [&] {
         lk_cpu &cpu = *handle->cpu;
-        lk::Pool::Busy busy(*cpu.pool);
         const lk_weight &weight = args->weight;
         const lk::Source source{args->dtype, args->x, lk_or(args->x_stride, weight.in_features), nullptr, 0};
         const lk::Panel &panel = lk::prepare(cpu, cpu.panel, weight, source, args->rows);
@@ -228,50 +219,32 @@ lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream) {
 
 lk_status lk_cpu_rms_norm(lk_handle *handle, const lk_rms_norm_args *args) {
     if (lk_status status = lk::check_dtype(handle, "rms_norm", args->dtype)) return status;
-    const int64_t size = lk::size_of(args->dtype), width = args->width;
-    const char *x = static_cast<const char *>(args->x), *residual = static_cast<const char *>(args->residual);
-    char *out = static_cast<char *>(args->out), *sum = static_cast<char *>(args->sum);
-    for (int64_t row = 0; row < args->rows; row++)
-        handle->cpu->isa->rms_norm(
-            args->dtype, width, x + row * lk_or(args->x_stride, width) * size,
-            residual ? residual + row * lk_or(args->residual_stride, width) * size : nullptr, args->weight, args->eps,
-            out + row * width * size, sum ? sum + row * width * size : nullptr);
+    const lk::RmsNorm task{args->dtype, args->width, args->eps, args->x, args->residual, args->weight,
+                           lk_or(args->x_stride, args->width), lk_or(args->residual_stride, args->width), args->out,
+                           args->sum, args->rstd};
+    lk::share_rows(*handle->cpu, args->rows, args->width,
+                   [&](int64_t first, int64_t last, int64_t) { handle->cpu->isa->rms_norm(task, first, last); });
     return LK_OK;
 }
 
 lk_status lk_cpu_rope(lk_handle *handle, const lk_rope_args *args) {
     if (lk_status status = lk::check_dtype(handle, "rope", args->dtype)) return status;
-    return guarded(handle, [&] {
-        const int64_t dim = args->head_dim, size = lk::size_of(args->dtype);
-        const int64_t x_head = lk_or(args->x_head_stride, dim), out_head = lk_or(args->out_head_stride, dim);
-        const int64_t x_token = lk_or(args->x_token_stride, args->heads * x_head);
-        const int64_t out_token = lk_or(args->out_token_stride, args->heads * out_head);
-        float *some = handle->cpu->scratch.at_least(dim);
-        for (int64_t t = 0; t < args->tokens; t++)
-            for (int64_t h = 0; h < args->heads; h++) {
-                handle->cpu->isa->to_float(
-                    args->dtype, static_cast<const char *>(args->x) + (t * x_token + h * x_head) * size, some, dim);
-                handle->cpu->isa->turn(some, dim, args->cos + t * dim / 2, args->sin + t * dim / 2);
-                handle->cpu->isa->from_float(args->dtype, some,
-                                             static_cast<char *>(args->out) + (t * out_token + h * out_head) * size, dim);
-            }
-        return LK_OK;
-    });
+    const int64_t dim = args->head_dim, x_head = lk_or(args->x_head_stride, dim), out_head = lk_or(args->out_head_stride, dim);
+    const lk::Rope task{args->dtype, args->heads, dim, args->x, lk_or(args->x_token_stride, args->heads * x_head), x_head,
+                        args->cos, args->sin, args->inverse != 0, args->out,
+                        lk_or(args->out_token_stride, args->heads * out_head), out_head};
+    lk::share_rows(*handle->cpu, args->tokens, args->heads * dim,
+                   [&](int64_t first, int64_t last, int64_t) { handle->cpu->isa->rope(task, first, last); });
+    return LK_OK;
 }
 
 lk_status lk_cpu_swiglu(lk_handle *handle, const lk_swiglu_args *args) {
     if (lk_status status = lk::check_dtype(handle, "swiglu", args->dtype)) return status;
-    return guarded(handle, [&] {
-        const int64_t inner = args->inner, size = lk::size_of(args->dtype), stride = lk_or(args->gate_up_stride, 2 * inner);
-        float *some = handle->cpu->scratch.at_least(2 * inner);
-        for (int64_t row = 0; row < args->rows; row++) {
-            handle->cpu->isa->to_float(args->dtype, static_cast<const char *>(args->gate_up) + row * stride * size, some,
-                                       2 * inner);
-            handle->cpu->isa->swiglu(inner, some, some + inner, some);
-            handle->cpu->isa->from_float(args->dtype, some, static_cast<char *>(args->out) + row * inner * size, inner);
-        }
-        return LK_OK;
-    });
+    const lk::Swiglu task{args->dtype, args->inner, args->gate_up, nullptr, lk_or(args->gate_up_stride, 2 * args->inner), 0,
+                          args->out};
+    lk::share_rows(*handle->cpu, args->rows, 3 * args->inner,
+                   [&](int64_t first, int64_t last, int64_t) { handle->cpu->isa->swiglu_rows(task, first, last); });
+    return LK_OK;
 }
 
 lk_status lk_cpu_store_kv(lk_handle *handle, const lk_store_kv_args *args) {
@@ -306,7 +279,6 @@ lk_status lk_cpu_paged_attention(lk_handle *handle, const lk_paged_attention_arg
                                                "on one of keys");
     return guarded(handle, [&] {
         lk_cpu &cpu = *handle->cpu;
-        lk::Pool::Busy busy(*cpu.pool);
         const int64_t head = lk_or(args->cache_head_stride, dim);
         const int64_t token = lk_or(args->cache_token_stride, args->kv_heads * head);
         const lk::PagedStep step{args->sequences, args->heads, args->kv_heads, dim, args->block_size, args->cache_dtype,

@@ -85,7 +85,7 @@ void Pool::help(int thread) {
             take(seen, thread);
         if (closing.load()) return;
         auto called = [this, call] { return calls.load(std::memory_order_relaxed) != call; };
-        if (busy.load(std::memory_order_relaxed) && watch(called)) continue;
+        if (watch(called)) continue; // jobs, and short calls, follow one another closely
         asleep.fetch_add(1);
         calls.wait(call); // returns at once where the call has come meanwhile
         asleep.fetch_sub(1);

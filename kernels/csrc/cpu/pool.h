@@ -25,13 +25,6 @@ class Pool {
         run(count, [](void *context, int64_t i, int thread) { (*static_cast<F *>(context))(i, thread); }, &f);
     }
 
-    // While a Busy stands, jobs follow one another closely: helpers look out for the next one before they sleep.
-    struct Busy {
-        explicit Busy(Pool &pool) : pool(pool) { pool.busy.store(true, std::memory_order_relaxed); }
-        ~Busy() { pool.busy.store(false, std::memory_order_relaxed); }
-        Pool &pool;
-    };
-
   private:
     void help(int thread);
     bool take(uint64_t seen, int thread);
@@ -46,7 +39,7 @@ class Pool {
     alignas(64) std::atomic<uint32_t> left{0}; // tasks that are not done
     alignas(64) std::atomic<uint32_t> calls{0}; // changes when there is a job; helpers sleep on it
     std::atomic<uint32_t> asleep{0};
-    std::atomic<bool> busy{false}, closing{false};
+    std::atomic<bool> closing{false};
 };
 
 } // namespace lk

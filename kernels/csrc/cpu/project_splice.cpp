@@ -61,7 +61,6 @@ extern "C" lk_status lk_cpu_project_splice(lk_handle *handle, const lk_project_s
     if (lk_status status = check_dtype(handle, "project_splice", args->dtype)) return status;
     try {
         lk_cpu &cpu = *handle->cpu;
-        Pool::Busy busy(*cpu.pool);
         Buffer<char> copy;
         const Rows features = patches ? rows_of(*args, patches, image_stride, patch_stride, copy) : Rows{};
         for (int64_t start = 0; start < patches; start += AT_ONCE)

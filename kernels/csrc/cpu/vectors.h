@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "llava_kernels.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -15,6 +17,8 @@
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int L = LK_LANES;
 typedef float vf __attribute__((vector_size(4 * L)));
@@ -68,6 +72,26 @@ INLINE vf load_bf16(const uint16_t *from) {
     return (vf)(words << 16);
 }
 
+inline void to_float(lk_dtype dtype, const void *from, float *to, int64_t count) {
+    int64_t i = 0;
+    if (dtype == LK_FLOAT32) {
+        memcpy(to, from, (size_t)count * sizeof(float));
+        return;
+    }
+    const uint16_t *half = (const uint16_t *)from;
+    for (; i + L <= count; i += L) store(to + i, load_bf16(half + i));
+    for (; i < count; i++) to[i] = from_bf16(half[i]);
+}
+
+inline void from_float(lk_dtype dtype, const float *from, void *to, int64_t count) {
+    if (dtype == LK_FLOAT32) {
+        memcpy(to, from, (size_t)count * sizeof(float));
+        return;
+    }
+    uint16_t *half = (uint16_t *)to;
+    for (int64_t i = 0; i < count; i++) half[i] = to_bf16(from[i]);
+}
+
 // Four floats with the same sum.
 INLINE f4 halved(vf v) {
     f4 parts[L / 4];
@@ -110,6 +134,24 @@ INLINE vf exponential(vf x) {
     vi exponent = ((vi)turned - (vi)all(shift) + 127) << 23;
     vf y = p * (vf)exponent;
     return x < -87.3f ? all(0.f) : y;
+}
+
+// 2^x to 2 units in the last place; below -126 it is 0.
+INLINE vf power_of_two(vf x) {
+    const float shift = 12582912.f; // 1.5 * 2^23: adding it rounds to an integer
+    vf bounded = x < -126.f ? all(-126.f) : x;
+    bounded = bounded > 127.f ? all(127.f) : bounded;
+    vf turned = bounded + shift;
+    vf r = (bounded - (turned - shift)) * 0.693147181f; // within -0.35 and 0.35
+    vf p = r * 0.00138888889f + 0.00833333333f;
+    p = p * r + 0.0416666667f;
+    p = p * r + 0.166666667f;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    vi exponent = ((vi)turned - (vi)all(shift) + 127) << 23;
+    vf y = p * (vf)exponent;
+    return x < -126.f ? all(0.f) : y;
 }
 
 // sums + products of neighbouring 16-bit lanes, added in pairs (which pairs meet in which lane does not matter).

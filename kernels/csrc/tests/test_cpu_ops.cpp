@@ -1,4 +1,4 @@
-// The CPU's operations one by one against sums in double: odd sizes, strides, both types, several threads, under the
+// The CPU's inference operations one by one against sums in double: odd sizes, strides, both types, several threads, under the
 // instruction set that is named. test_cpu.cpp has the products of every weight format and the whole decoder.
 #include <algorithm>
 #include <cmath>
@@ -7,37 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "checking.h"
-#include "llava_kernels.h"
-
-static std::mt19937 generator(1);
-
-// Numbers in one of the two types, exactly as many as are asked for: AddressSanitizer sees a read past the last.
-struct Array {
-    Array(lk_dtype dtype, int64_t count, float fill = NAN) : dtype(dtype) {
-        std::normal_distribution<float> draw;
-        for (int64_t i = 0; i < count; i++) {
-            const float value = std::isnan(fill) ? draw(generator) : fill;
-            if (dtype == LK_FLOAT32)
-                wide.push_back(value);
-            else
-                narrow.push_back(half(value));
-        }
-    }
-    void *data() { return dtype == LK_FLOAT32 ? (void *)wide.data() : (void *)narrow.data(); }
-    double operator[](int64_t i) const { return dtype == LK_FLOAT32 ? wide[(size_t)i] : whole(narrow[(size_t)i]); }
-    lk_dtype dtype;
-    std::vector<float> wide;
-    std::vector<uint16_t> narrow;
-};
-
-constexpr float UNTOUCHED = 768.f; // exact in both types: what must stay as it was
-
-// One rounding to the type of the result, and what float32 sums of numbers of `size` lose.
-static bool near(double found, double exact, double size, lk_dtype dtype) {
-    const double step = dtype == LK_FLOAT32 ? 0 : std::ldexp(std::fabs(exact), -8) * 1.01;
-    return std::fabs(found - exact) <= step + 2e-6 * (size + std::fabs(exact)) + 1e-30;
-}
+#include "numbers.h"
 
 static void rms_norm(lk_handle *handle, lk_dtype dtype, int64_t rows, int64_t width, int64_t gap, bool add) {
     Array x(dtype, (rows - 1) * (width + gap) + width), residual(dtype, (rows - 1) * (width + 2 * gap) + width);
@@ -48,13 +18,15 @@ static void rms_norm(lk_handle *handle, lk_dtype dtype, int64_t rows, int64_t wi
     if (add) args.residual = residual.data(), args.residual_stride = width + 2 * gap, args.sum = sum.data();
     CHECK(lk_rms_norm(handle, &args, nullptr) == LK_OK);
     for (int64_t r = 0; r < rows; r++) {
-        auto value = [&](int64_t i) { return x[r * (width + gap) + i] + (add ? residual[r * (width + 2 * gap) + i] : 0); };
+        // What is normed is the sum as it was written, rounded.
+        auto value = [&](int64_t i) { return add ? sum[r * width + i] : x[r * (width + gap) + i]; };
         double squares = 0;
         for (int64_t i = 0; i < width; i++) squares += value(i) * value(i);
         const double factor = 1 / std::sqrt(squares / (double)width + 1e-5);
         for (int64_t i = 0; i < width; i++) {
-            CHECK(near(out[r * width + i], value(i) * factor * weight[i], 0, dtype));
-            CHECK(!add || near(sum[r * width + i], value(i), 0, dtype));
+            CHECK(near(out[r * width + i], value(i) * factor * weight[i], 0, dtype, 2)); // the first before the weight
+            const double one = x[r * (width + gap) + i], two = add ? residual[r * (width + 2 * gap) + i] : 0;
+            CHECK(!add || near(sum[r * width + i], one + two, 0, dtype));
         }
     }
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llava_kernels.attention.backend import Backend
 from llava_kernels.attention.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_4
+from llava_kernels.attention.native_varlen import NATIVE
 from llava_kernels.attention.reference import REFERENCE, SDPA
 from llava_kernels.attention.torch_varlen import TORCH_VARLEN
 from llava_kernels.attention.triton_varlen import TRITON
@@ -25,6 +26,7 @@ IMPLEMENTATIONS: dict[str, Backend] = {
     "xformers": XFORMERS,
     "torch-varlen": TORCH_VARLEN,
     "triton": TRITON,
+    "native": NATIVE,
 }
 # Fastest first on a GPU, by figures that others published for training; this package has measured none of them.
 FASTEST = ("flash-attn-3", "flash-attn-4", "flash-attn", "torch-varlen", "xformers", "triton", "sdpa")
@@ -74,7 +76,8 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype, head_d
     """The name of the back end that runs.
 
     "auto" is what :func:`llava_kernels.implementation` or LLAVA_KERNELS forces on every op, else the environment
-    variable LLAVA_ATTENTION, else the fastest that is installed and fits; "sdpa" on a CPU.
+    variable LLAVA_ATTENTION, else the fastest that is installed and fits; on a CPU "native" where the C library was
+    built, else "sdpa".
 
     Raises:
         ImportError, ValueError: as :func:`varlen_attention`.
@@ -85,7 +88,8 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype, head_d
     if name == "auto":
         name = os.environ.get("LLAVA_ATTENTION", "auto")
     if name == "auto":
-        return "sdpa" if device.type == "cpu" else next(n for n in FASTEST if _runs(n, device, dtype, head_dim))
+        order = ("native", "sdpa") if device.type == "cpu" else FASTEST
+        return next(name for name in order if _runs(name, device, dtype, head_dim))
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention={name!r} is not known; choose auto, {', '.join(IMPLEMENTATIONS)}")
     backend = IMPLEMENTATIONS[name]

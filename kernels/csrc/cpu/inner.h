@@ -1,0 +1,21 @@
+// What the files that are compiled once for each instruction set call of one another: in a namespace of that set's name,
+// so that no function built for one processor is linked into another's code.
+#pragma once
+
+#include "isa.h"
+
+#define LK_JOIN_(a, b) a##b
+#define LK_JOIN(a, b) LK_JOIN_(a, b)
+#define LK_INNER LK_JOIN(on_, LK_ISA)
+
+namespace lk::LK_INNER {
+
+void rms_norm(const RmsNorm &task, int64_t first, int64_t last);
+void rms_norm_backward(const RmsNormBackward &task, int64_t first, int64_t last, float *d_weight);
+void rope(const Rope &task, int64_t first, int64_t last);
+void swiglu_rows(const Swiglu &task, int64_t first, int64_t last);
+void swiglu_rows_backward(const Swiglu &task, int64_t first, int64_t last);
+void varlen_attention(const VarlenAttention &task, float *scratch);
+void varlen_attention_backward(const VarlenAttention &task, float *scratch);
+
+} // namespace lk::LK_INNER
