@@ -90,6 +90,7 @@ class Handle:
             if (delta := self._next()) is None:
                 return
             yield delta
+            await asyncio.sleep(0)  # who reads more slowly than the engine writes never waits: others must have a turn
 
     def __await__(self) -> Generator[None, None, Completion]:
         yield from self._async_wait(lambda: self._done).__await__()

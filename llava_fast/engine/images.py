@@ -11,6 +11,7 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
+from typing import TypeGuard
 
 import numpy as np
 from torch import Tensor
@@ -81,13 +82,23 @@ class ImageReader:
 
     def read(self, source: ImageSource, salt: str) -> PreparedImage:
         """Raises ImageError where the source cannot be used."""
-        picture = load_image(source, self.processor.max_pixels)
+        picture: ImageSource
+        if _is_rgb(source):
+            picture = pixels = np.array(source, order="C")  # whose owner may write the next frame into it
+        else:
+            picture = load_image(source, self.processor.max_pixels)
+            pixels = np.asarray(picture)
         digest = hmac.new(self._key, digestmod="sha256")  # processors have instructions for it
-        for part in (salt.encode(), self._preprocessing, f"{picture.mode} {picture.width} {picture.height}".encode()):
+        for part in (salt.encode(), self._preprocessing, f"RGB {pixels.shape[1]} {pixels.shape[0]}".encode()):
             digest.update(len(part).to_bytes(8, "big") + part)
-        digest.update(np.asarray(picture).data)
+        digest.update(pixels.data)
         name = digest.digest()
         features = self.cache.get(name)
         if features is not None:
             return PreparedImage(name, features=features)
         return PreparedImage(name, pixels=self.processor(picture))
+
+
+def _is_rgb(source: ImageSource) -> TypeGuard[np.ndarray]:
+    """Whether it is an array of what pixels become: (H, W, 3) uint8."""
+    return isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3

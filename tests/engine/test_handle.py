@@ -133,3 +133,25 @@ def test_a_reader_on_a_loop_is_woken(tokenizer):
         return await reading
 
     assert joined(asyncio.run(both()), 0).text == "red"
+
+
+def test_who_reads_more_slowly_than_the_engine_writes_can_be_cancelled(tokenizer):
+    """There is always news for such a reader; the loop has its turns all the same."""
+    handle, read = made(tokenizer), []
+    handle._publish(0, 5, None)
+
+    async def slow() -> None:
+        async for delta in handle:
+            handle._publish(0, 5, None)
+            read.append(delta)
+            assert len(read) < 1000, "nothing else had a turn"
+
+    async def main() -> None:
+        reading = asyncio.create_task(slow())
+        await asyncio.sleep(0)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+    asyncio.run(main())
+    assert read
