@@ -1,34 +1,33 @@
 """The server beside the bare engine: the same requests to the same engine, over HTTP on loopback and without.
 
 Two figures: many requests at once (tokens a second), and one request's first token. The server runs in a thread of this
-process, and its clients in a process of their own where there are many, so that their work is not counted as its.
+process, and its clients in a process of their own, so that their work is not counted as its.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
 import sys
 import threading
 import time
-from multiprocessing.connection import Connection
-from urllib.parse import SplitResult, urlsplit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 import uvicorn
 from PIL import Image
 
 import llava_fast as lf
 from benches.bench_engine import SHAPES, TOKENIZER
+from benches.stream_client import clients
 from llava_fast.serve import create_app
 
 TOKENS, COUNT = 48, 32
-CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module", params=list(SHAPES))
@@ -68,35 +67,23 @@ def asked(number: int, tokens: int) -> tuple[lf.Request, bytes]:
     return lf.Request(messages=messages, sampling=sampling), json.dumps(body).encode()
 
 
-async def stream(url: SplitResult, body: bytes, first_only: bool = False) -> str:
-    """The text of a streamed answer, read with little work of the client's own, which is not what is measured. The
-    server sends whole events, so that a line of the body that begins with "data: " is one."""
-    reader, writer = await asyncio.open_connection(url.hostname, url.port)
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: {url.hostname}\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
-    text = ""
+@contextmanager
+def asking(url: str, bodies: list[bytes], first_only: bool = False) -> Iterator[Callable[[], list[str]]]:
+    """What asks all of them at once from another process, and returns the answers' texts."""
+    context = get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=clients, args=(theirs, url, bodies, first_only))
+    process.start()
+
+    def ask() -> list[str]:
+        pipe.send(True)
+        return pipe.recv()
+
     try:
-        assert b" 200 " in (status := await reader.readline()), status
-        while (line := await reader.readline()) != b"data: [DONE]\n":
-            assert line, "the connection was closed within an answer"
-            if line.startswith(b"data: {"):
-                text += "".join(c["delta"].get("content", "") for c in json.loads(line[6:])["choices"])
-                if first_only and text:
-                    break
+        yield ask
     finally:
-        writer.close()
-    return text
-
-
-def clients(pipe: Connection, url: str, bodies: list[bytes]) -> None:
-    """In a process of their own: asks everything at once whenever it is told to, and sends back the texts."""
-
-    async def all_at_once() -> list[str]:
-        return await asyncio.gather(*(stream(urlsplit(url), body) for body in bodies))
-
-    while pipe.recv():
-        pipe.send(asyncio.run(all_at_once()))
+        pipe.send(False)
+        process.join()
 
 
 @pytest.mark.parametrize("impl", ["engine", "server"])
@@ -107,25 +94,14 @@ def test_many_requests(benchmark, served, impl):
     benchmark.group = f"serve, {name}: {COUNT} requests at once, one picture each"
     count, tokens = (COUNT, TOKENS) if benchmark.enabled else (2, 2)
     pairs = [asked(number, tokens) for number in range(count)]
-    context = torch.multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=clients, args=(theirs, url, [body for _, body in pairs]))
-    process.start()
-
-    def over_http() -> list[str]:
-        pipe.send(True)
-        return pipe.recv()
 
     def direct() -> list[str]:
         return [completion.outputs[0].text for completion in engine.generate(request for request, _ in pairs)]
 
-    try:
+    with asking(url, [body for _, body in pairs]) as over_http:
         assert over_http() == direct() or engine._model.dtype != torch.float32  # bfloat16 varies with the batch
         work = over_http if impl == "server" else direct
         benchmark.pedantic(work, setup=engine.clear_caches, rounds=5, warmup_rounds=1)
-    finally:
-        pipe.send(False)
-        process.join()
     note(benchmark, count * tokens)
 
 
@@ -134,10 +110,6 @@ def test_first_token(benchmark, served, impl):
     name, engine, url = served
     benchmark.group = f"serve, {name}: first token, one picture"
     request, body = asked(1000, 16)
-    loop = asyncio.new_event_loop()
-
-    def over_http() -> str:
-        return loop.run_until_complete(stream(urlsplit(url), body, first_only=True))
 
     def direct() -> str:
         with engine.submit(request) as handle:
@@ -148,11 +120,12 @@ def test_first_token(benchmark, served, impl):
             time.sleep(0.001)
         engine.clear_caches()
 
-    # A chunk may have more than one token in it.
-    texts = sorted((over_http(), direct()), key=len)
-    assert texts[1].startswith(texts[0]) or engine._model.dtype != torch.float32
-    benchmark.pedantic({"server": over_http, "engine": direct}[impl], setup=forget, rounds=15, warmup_rounds=2)
-    loop.close()
+    with asking(url, [body], first_only=True) as over_http:
+        # A chunk may have more than one token in it.
+        texts = sorted((over_http()[0], direct()), key=len)
+        assert texts[1].startswith(texts[0]) or engine._model.dtype != torch.float32
+        work = over_http if impl == "server" else direct
+        benchmark.pedantic(work, setup=forget, rounds=15, warmup_rounds=2)
     note(benchmark, 1)
 
 

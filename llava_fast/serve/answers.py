@@ -24,6 +24,8 @@ log = logging.getLogger("llava_fast.serve")
 
 Found = TypeVar("Found")
 Finished = Callable[[list[Completion]], Any]
+_UNSLOWED = 8  # requests whose streams keep their pace
+_SLOWEST = 0.1  # seconds between two events: text still flows for who reads it
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -63,7 +65,7 @@ class Answer(Response):
         form: how the answers are written.
         stream: as server-sent events; ``include_usage``: with a last one that counts tokens.
         send_seconds: how long a client may take to read what was sent.
-        event_seconds: at least so long between two events of a stream.
+        event_seconds: at least so long between two events of a stream; longer with many requests.
         finished: called with the completions at the end of an answer that came to its end.
     """
 
@@ -191,15 +193,21 @@ class Answer(Response):
                 task.cancel()
 
     async def _paced(self, handle: Handle) -> AsyncIterator[list[Delta]]:
-        """What is new whenever ``event_seconds`` have gone by, and at the end."""
+        """What is new whenever the time between two events has gone by, and at the end."""
         ended, loop = asyncio.Event(), asyncio.get_running_loop()
         handle.add_done_callback(lambda _: _tell(loop, ended))
         async for delta in handle:
             yield [delta, *handle.take()]
             if self._event_seconds and not handle.done:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(self._event_seconds):
+                    async with asyncio.timeout(self._pause()):
                         await ended.wait()
+
+    def _pause(self) -> float:
+        """Seconds to the next event. The more requests there are, the longer: the loop's work does not grow with them
+        until the longest is reached."""
+        crowd = len(self._gate.handles) / _UNSLOWED
+        return max(self._event_seconds, min(_SLOWEST, self._event_seconds * crowd))
 
     async def _end(self, visit: Visit, completions: list[Completion]) -> None:
         usage = usage_of(completions)

@@ -36,8 +36,9 @@ class Settings:
         head_seconds: for the head of a request to arrive; the command line's server keeps it, an app cannot.
         body_seconds: for the whole body to arrive; send_seconds: for a client to take what was sent.
         event_seconds: at least so long between two events of a stream, each with all that is new; the first comes at
-            once, and so does the end. 0 for one as soon as there is anything: at thousands of tokens a second what
-            sends them then takes more of the processor than what makes them.
+            once, and so does the end. With more than eight requests it is longer, up to a tenth of a second, so that
+            the work of sending does not grow with them. 0 for an event as soon as there is anything: at thousands of
+            tokens a second what sends them then takes more of the processor than what makes them.
         drain_seconds: for running requests to end after SIGTERM.
         health_seconds: within which ``/health`` answers; its verdict is good for ``health_age_seconds``.
         allow_priority: let clients say which request comes first.

@@ -125,6 +125,16 @@ def test_after_a_pause_what_has_gathered_is_sent(tokenizer):
     assert len(contents) == len(ids) + 1 >= 4 and "".join(text for body in contents for _, text in body) == TEXT
 
 
+@pytest.mark.parametrize(
+    ("asked", "requests", "seconds"),
+    [(0.02, 1, 0.02), (0.02, 8, 0.02), (0.02, 32, 0.08), (0.02, 1000, 0.1), (0.5, 1, 0.5), (0.5, 1000, 0.5)],
+)
+def test_many_requests_have_longer_pauses_up_to_a_tenth_of_a_second(tokenizer, asked, requests, seconds):
+    client = Client(tokenizer, asked)
+    client.gate.handles.update(range(requests))
+    assert client.answer._pause() == pytest.approx(seconds)
+
+
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_errors_in_a_pause_are_told_at_once(tokenizer, prompts):
     """After what had gathered; the other prompt is given up."""
