@@ -85,7 +85,7 @@ def test_embed_fastapi(checkpoint):  # noqa: F811
         async with app.router.lifespan_context(app):
             engine = app.state.engine
             plain = await Client(app, "question=What+is+this&max_tokens=6", picture).post()
-            assert plain.status == 200 and plain.text and plain.chunks > 2
+            assert plain.status == 200 and plain.text
             parts = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this"}]
             request = lf.Request(
                 messages=[{"role": "user", "content": parts}], sampling=lf.SamplingParams(max_tokens=6)
@@ -96,7 +96,7 @@ def test_embed_fastapi(checkpoint):  # noqa: F811
             assert bad.status == 400 and "not an image" in bad.text
             assert (await Client(app, "question=What&max_tokens=0").post()).status == 400
 
-            for leave_after in (0, 2):  # before and during the answer
+            for leave_after in (0, 2):  # before the answer and during it, which is how one sees that it is streamed
                 gone = Client(app, "question=Go+on&max_tokens=400", leave_after=leave_after)
                 if not leave_after:
                     gone.left.set()

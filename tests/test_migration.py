@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -19,9 +20,15 @@ COMMAND = re.compile(r"python -m (llava_fast\.(?:evaluate [a-z-]+|[a-z_.]+))")
 
 @cache
 def help_of(command: str) -> str:
-    done = subprocess.run([sys.executable, "-m", *command.split(), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    name, *part = command.split()
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):  # what python -m runs of a package
+        module = importlib.import_module(f"{name}.__main__")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as ended:
+        module.main([*part, "--help"])
+    assert not ended.value.code
+    return said.getvalue()
 
 
 def claims() -> list[tuple[str, str]]:

@@ -102,14 +102,21 @@ def test_peak_is_under_1_3_of_the_model(tmp_path: Path) -> None:
         assert 1.0 < peak / size < 1.3  # below 1 the weights would not have been read
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model to measure, and a small one to warm up with."""
+    folder = tmp_path_factory.mktemp("models")
+    write_model(folder / "plain", 6)
+    save_model(lf.Llava(lf.ModelConfig.preset("tiny"), seed=0), folder / "small")
+    return folder
+
+
 @linux
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantizing_takes_the_quantized_model_and_one_weight(tmp_path: Path, kind: str) -> None:
+def test_quantizing_takes_the_quantized_model_and_one_weight(models: Path, tmp_path: Path, kind: str) -> None:
     """And 10 MB of mapped pages, which the full model is far above. Writing takes one weight alone."""
-    plain, written, small = (tmp_path / name for name in ("plain", "written", "small"))
-    write_model(plain, 6)
-    save_model(lf.Llava(lf.ModelConfig.preset("tiny"), seed=0), small)
-    paths = map(str, (plain, written, small))
+    plain = models / "plain"
+    paths = map(str, (plain, tmp_path / "written", models / "small"))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE_QUANTIZED, *paths, kind], capture_output=True, text=True, check=True
     )

@@ -47,7 +47,7 @@ def start_and_stop(arguments: list[str], out: Path, at_step: int, number: signal
 def test_kill_at_a_random_step(scenes_folder, tmp_path, stage):
     seed = random.randrange(1000)
     print(f"seed {seed}")  # shown when the test fails
-    at = random.Random(seed).sample(range(1, 18), 2)
+    at = random.Random(seed).sample(range(1, 18), stage)  # a run that was resumed is killed too, in stage 2
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(command(scenes_folder, whole, stage), check=True, capture_output=True)
     for step in sorted(at):
@@ -61,7 +61,7 @@ def test_kill_at_a_random_step(scenes_folder, tmp_path, stage):
         assert refused.returncode == 1
         assert "is truncated" in refused.stderr
         subprocess.run([*command(scenes_folder, broken, stage), "--fresh"], check=True, capture_output=True)
-    else:  # two, or none where both kills came before the first was whole
+    else:  # two, or none where the kills came before the first was whole
         done = subprocess.run(command(scenes_folder, broken, stage), check=True, capture_output=True, text=True)
         told = [f"{newest[-1]}: {checkpoints.TENSORS} is truncated"] if newest else []
         assert all(line in done.stdout for line in told)
