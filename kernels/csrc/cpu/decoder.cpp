@@ -1,5 +1,6 @@
 // All layers of the decoder in one call. A layer is five jobs of the pool; what needs no other thread's results between
 // two of them is done in the same task: a head's part of QKV is turned and stored by the task that has multiplied it.
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <vector>
@@ -26,50 +27,53 @@ struct lk_decoder {
 
 namespace {
 
-// One head's rows of the QKV product: multiplied, turned, and stored where it belongs.
+// Some heads' rows of the QKV product: multiplied, turned, and stored where they belong.
 void project_heads(lk_decoder &decoder, lk_cpu &cpu, const lk_layer &layer, const Panel &panel, const lk_step_args &step,
                    float *q) {
     const lk_decoder_args &args = decoder.args;
     const int64_t dim = args.head_dim, heads = decoder.group_heads(), size = size_of(args.cache_dtype);
-    const int64_t blocks = cdiv(step.tokens, ROW_BLOCK);
-    float *scratch = decoder.scratch.at_least(ROW_BLOCK * MAX_HEAD_DIM * cpu.pool->threads());
-    cpu.pool->each(blocks * heads, [&](int64_t task, int thread) {
-        const int64_t head = task % heads, first = task / heads * ROW_BLOCK;
-        const int64_t rows = step.tokens - first < ROW_BLOCK ? step.tokens - first : ROW_BLOCK;
-        const bool query = head < args.heads, key = !query && head < args.heads + args.kv_heads;
-        float *some = scratch + thread * ROW_BLOCK * MAX_HEAD_DIM;
-        cpu.isa->products(layer.qkv, panel, first, rows, head * dim, dim, some, dim, false);
-        for (int64_t t = first; t < first + rows; t++) {
-            float *x = some + (t - first) * dim;
-            const int64_t at = step.positions[t] * dim / 2, slot = step.slots[t];
-            if (query || key) cpu.isa->turn(x, dim, args.cos + at, args.sin + at);
-            if (query) {
-                std::memcpy(q + t * args.heads * dim + head * dim, x, dim * sizeof(float));
-            } else if (slot >= 0) {
-                const int64_t kv_head = head - args.heads - (key ? 0 : args.kv_heads);
-                const int64_t to = slot / args.block_size * args.cache_block_stride +
-                                   slot % args.block_size * args.cache_token_stride + kv_head * args.cache_head_stride;
-                cpu.isa->from_float(args.cache_dtype, x, static_cast<char *>(key ? layer.k_cache : layer.v_cache) + to * size,
-                                    dim);
+    constexpr int64_t ROOM = ROW_BLOCK * MAX_HEAD_DIM;
+    float *scratch = decoder.scratch.at_least(ROOM * cpu.pool->threads());
+    const int64_t blocks = cdiv(step.tokens, ROW_BLOCK), most = ROOM / (std::min(step.tokens, ROW_BLOCK) * dim);
+    const int64_t together = std::clamp(heads * blocks / (4 * cpu.pool->threads()), int64_t{1}, most);
+    cpu.pool->each(blocks * cdiv(heads, together), [&](int64_t task, int thread) {
+        const int64_t begin = task / blocks * together, end = std::min(begin + together, heads);
+        const int64_t first = task % blocks * ROW_BLOCK, rows = std::min(step.tokens - first, ROW_BLOCK);
+        const int64_t width = (end - begin) * dim;
+        float *some = scratch + thread * ROOM;
+        cpu.isa->products(layer.qkv, panel, first, rows, begin * dim, width, some, width, false);
+        for (int64_t t = first; t < first + rows; t++)
+            for (int64_t head = begin; head < end; head++) {
+                const bool query = head < args.heads, key = !query && head < args.heads + args.kv_heads;
+                float *x = some + (t - first) * width + (head - begin) * dim;
+                const int64_t at = step.positions[t] * dim / 2, slot = step.slots[t];
+                if (query || key) cpu.isa->turn(x, dim, args.cos + at, args.sin + at);
+                if (query) {
+                    std::memcpy(q + t * args.heads * dim + head * dim, x, dim * sizeof(float));
+                } else if (slot >= 0) {
+                    const int64_t kv_head = head - args.heads - (key ? 0 : args.kv_heads);
+                    const int64_t to = slot / args.block_size * args.cache_block_stride +
+                                       slot % args.block_size * args.cache_token_stride + kv_head * args.cache_head_stride;
+                    void *cache = key ? layer.k_cache : layer.v_cache;
+                    cpu.isa->from_float(args.cache_dtype, x, static_cast<char *>(cache) + to * size, dim);
+                }
             }
-        }
     });
 }
 
 void add_product(lk_cpu &cpu, const lk_weight &weight, const Panel &panel, int64_t rows, float *x) {
     const int64_t width = weight.out_features;
-    share_product(cpu, rows, width, 12, [&](int64_t row, int64_t count, int64_t first, int64_t features, int) {
+    share_product(cpu, rows, width, unit_of(panel, 12), [&](int64_t row, int64_t count, int64_t first, int64_t features, int) {
         cpu.isa->products(weight, panel, row, count, first, features, x + row * width + first, width, true);
     });
 }
 
 void gate_and_up(lk_decoder &decoder, lk_cpu &cpu, const lk_weight &weight, const Panel &panel, int64_t rows, float *out) {
-    constexpr int64_t PART = 48;
-    const int64_t inner = weight.out_features / 2;
-    float *scratch = decoder.scratch.at_least(2 * ROW_BLOCK * PART * cpu.pool->threads());
-    share_product(cpu, rows, inner, 12, [&](int64_t row, int64_t count, int64_t first, int64_t features, int thread) {
-        float *gate = scratch + thread * 2 * ROW_BLOCK * PART, *up = gate + ROW_BLOCK * PART;
-        const int64_t part = PART * (ROW_BLOCK / count); // as many as there is room for
+    const int64_t inner = weight.out_features / 2, least = panel.layout == IN_TILES ? 96 : 48;
+    float *scratch = decoder.scratch.at_least(2 * ROW_BLOCK * least * cpu.pool->threads());
+    share_product(cpu, rows, inner, unit_of(panel, 12), [&](int64_t row, int64_t count, int64_t first, int64_t features, int thread) {
+        float *gate = scratch + thread * 2 * ROW_BLOCK * least, *up = gate + ROW_BLOCK * least;
+        const int64_t part = least * (ROW_BLOCK / count); // as many as there is room for
         for (int64_t n = first; n < first + features; n += part) {
             const int64_t some = first + features - n < part ? first + features - n : part;
             cpu.isa->products(weight, panel, row, count, n, some, gate, part, false);
@@ -164,21 +168,22 @@ lk_status check_tokens(lk_decoder *decoder, const lk_step_args *args) {
 void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, const PagedStep &paged) {
     const lk_decoder_args &args = decoder->args;
     const int64_t tokens = step.tokens, width = args.width, attended_width = args.heads * args.head_dim;
+    const bool half = args.dtype == LK_BFLOAT16;
     float *x = step.hidden;
     cpu.isa->to_float(step.dtype, step.x, x, tokens * width);
     float *q = decoder->qkv.at_least(tokens * attended_width), *attended = decoder->attended.at_least(tokens * attended_width);
     for (int64_t i = 0; i < args.layers; i++) {
         const lk_layer &layer = decoder->layers[i];
         const int64_t inner = layer.down.in_features;
-        const Source first{LK_FLOAT32, x, width, decoder->norm(2 * i), args.eps};
+        const Source first{LK_FLOAT32, x, width, decoder->norm(2 * i), args.eps, half};
         project_heads(*decoder, cpu, layer, prepare(cpu, decoder->panel, layer.qkv, first, tokens), step, q);
         attend(cpu, paged, layer.k_cache, layer.v_cache, q, attended_width, attended);
-        const Source heads{LK_FLOAT32, attended, attended_width, nullptr, 0};
+        const Source heads{LK_FLOAT32, attended, attended_width, nullptr, 0, half};
         add_product(cpu, layer.out, prepare(cpu, decoder->panel, layer.out, heads, tokens), tokens, x);
-        const Source second{LK_FLOAT32, x, width, decoder->norm(2 * i + 1), args.eps};
+        const Source second{LK_FLOAT32, x, width, decoder->norm(2 * i + 1), args.eps, half};
         float *gated = decoder->gated.at_least(tokens * inner);
         gate_and_up(*decoder, cpu, layer.gate_up, prepare(cpu, decoder->panel, layer.gate_up, second, tokens), tokens, gated);
-        const Source middle{LK_FLOAT32, gated, inner, nullptr, 0};
+        const Source middle{LK_FLOAT32, gated, inner, nullptr, 0, half};
         add_product(cpu, layer.down, prepare(cpu, decoder->inner, layer.down, middle, tokens), tokens, x);
     }
 }
@@ -250,9 +255,9 @@ lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float *hidden
         lk_cpu &cpu = *handle->cpu;
         const lk_weight &head = decoder->args.head;
         const Source source{LK_FLOAT32, hidden, decoder->args.width, decoder->norm(2 * decoder->args.layers),
-                            decoder->args.eps};
+                            decoder->args.eps, decoder->args.dtype == LK_BFLOAT16};
         const Panel &panel = prepare(cpu, decoder->panel, head, source, rows);
-        share_product(cpu, rows, head.out_features, 12,
+        share_product(cpu, rows, head.out_features, unit_of(panel, 12),
                       [&](int64_t row, int64_t count, int64_t first, int64_t features, int) {
             cpu.isa->products(head, panel, row, count, first, features, logits + row * head.out_features + first,
                               head.out_features, false);

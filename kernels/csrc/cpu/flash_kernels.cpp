@@ -1,5 +1,6 @@
 // Attention inside one sequence and its backward pass, block by block, so that no matrix of all scores is ever made
 // (FlashAttention-2, Dao, arXiv 2307.08691). Compiled once for each instruction set.
+#include "dense.h"
 #include "inner.h"
 #include "vectors.h"
 
@@ -8,51 +9,6 @@ namespace {
 using lk::FLASH_BLOCK;
 using lk::VarlenAttention;
 constexpr int64_t B = FLASH_BLOCK;
-constexpr int64_t PANEL = 2 * L; // columns of a product that are made at a time
-constexpr int64_t DEPTH = 128;   // products that are summed at a time
-constexpr float LOG2E = 1.44269504f;
-
-// c (R, PANEL) (+)= a (R, depth) b (depth, PANEL): all sums stay in registers, and what was in c is added last, so that
-// rounding grows with the blocks and not with all that is summed.
-template <int R>
-INLINE void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t b_stride, float *c,
-                 int64_t c_stride, bool add) {
-    vf low[R] = {}, high[R] = {};
-    for (int64_t k = 0; k < depth; k++) {
-        const vf one = load<vf>(b + k * b_stride), two = load<vf>(b + k * b_stride + L);
-        for (int r = 0; r < R; r++) {
-            const float x = a[r * a_row + k * a_step];
-            low[r] += one * x, high[r] += two * x;
-        }
-    }
-    for (int r = 0; r < R; r++) {
-        float *to = c + r * c_stride;
-        store(to, add ? low[r] + load<vf>(to) : low[r]);
-        store(to + L, add ? high[r] + load<vf>(to + L) : high[r]);
-    }
-}
-
-// A matrix whose element (i, j) lies at data[i * row + j * step].
-struct Matrix {
-    const float *data;
-    int64_t row, step;
-};
-
-// c (rows, columns) (+)= a (rows, depth) b (depth, columns); columns is a multiple of PANEL, and b's and c's lie side by side.
-void product(int64_t rows, int64_t columns, int64_t depth, Matrix a, const float *b, int64_t b_stride, float *c,
-             int64_t c_stride, bool add) {
-    for (; depth > DEPTH; depth -= DEPTH, a.data += DEPTH * a.step, b += DEPTH * b_stride, add = true)
-        product(rows, columns, DEPTH, a, b, b_stride, c, c_stride, add);
-    for (int64_t n = 0; n < columns; n += PANEL) {
-        int64_t m = 0;
-        for (; m + 6 <= rows; m += 6)
-            tile<6>(depth, a.data + m * a.row, a.row, a.step, b + n, b_stride, c + m * c_stride + n, c_stride, add);
-        for (; m + 2 <= rows; m += 2)
-            tile<2>(depth, a.data + m * a.row, a.row, a.step, b + n, b_stride, c + m * c_stride + n, c_stride, add);
-        if (m < rows) tile<1>(depth, a.data + m * a.row, a.row, a.step, b + n, b_stride, c + m * c_stride + n, c_stride, add);
-    }
-}
-
 INLINE const void *beyond(lk_dtype dtype, const void *from, int64_t count) {
     return (const char *)from + count * (dtype == LK_FLOAT32 ? 4 : 2);
 }
@@ -114,27 +70,8 @@ void varlen_attention(const VarlenAttention &task, float *scratch) {
             for (int64_t r = 0; r < rows; r++) most[r] = -__builtin_inff(), total[r] = 0;
             for (int64_t j = 0; j < (task.causal ? i + 1 : blocks); j++) {
                 product(rows, B, task.head_dim, {q, width, 1}, k + j * B * width, B, p, B, false);
-                for (int64_t r = 0; r < rows; r++) {
-                    float *s = p + r * B;
-                    for (int64_t t = seen(task, i, r, j); t < B; t++) s[t] = -__builtin_inff();
-                    vf highest = all(most[r]);
-                    for (int64_t t = 0; t < B; t += L) {
-                        const vf score = load<vf>(s + t) * factor;
-                        store(s + t, score), highest = larger(highest, score);
-                    }
-                    const float now = largest(highest);
-                    vf added = {};
-                    for (int64_t t = 0; t < B; t += L) {
-                        const vf e = power_of_two(load<vf>(s + t) - now);
-                        store(s + t, e), added += e;
-                    }
-                    if (now != most[r]) {
-                        const float shrink = power_of_two(all(most[r] - now))[0];
-                        total[r] *= shrink, most[r] = now;
-                        for (int64_t d = 0; d < width; d += L) store(out + r * width + d, load<vf>(out + r * width + d) * shrink);
-                    }
-                    total[r] += sum(added);
-                }
+                for (int64_t r = 0; r < rows; r++)
+                    weights(p + r * B, seen(task, i, r, j), factor, most[r], total[r], out + r * width, width);
                 product(rows, width, B, {p, B, 1}, v + j * B * width, width, out, width, true);
             }
             for (int64_t r = 0; r < rows; r++) {

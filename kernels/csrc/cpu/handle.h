@@ -35,8 +35,8 @@ class Buffer {
 
 // Memory of a panel.
 struct PanelBuffer {
-    // For `rows` activations that meet `weight`, in vectors of `lanes`.
-    const lk::Panel &fit(const lk_weight &weight, int64_t rows, int64_t lanes);
+    // For `rows` activations that meet `weight`; half: they may be rounded to bfloat16.
+    const lk::Panel &fit(const lk::Isa &isa, const lk_weight &weight, int64_t rows, bool half);
     lk::Panel panel{};
 
   private:
@@ -81,6 +81,9 @@ lk_status check_dtype(lk_handle *handle, const char *op, lk_dtype dtype);
 // The panel of `rows` activations for `weight`, prepared on all threads.
 const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, const Source &source, int64_t rows);
 
+// Features that parts of a product have a multiple of: whole tiles, or what the other kernels take at a time.
+inline int64_t unit_of(const Panel &panel, int64_t unit) { return panel.layout == IN_TILES ? 32 : unit; }
+
 // Calls body(first_row, rows, first, count, thread) for parts of a (rows, features) product that together cover it.
 // `least` features a part; no part has more than ROW_BLOCK rows.
 template <class F>
@@ -89,7 +92,7 @@ void share_product(lk_cpu &cpu, int64_t rows, int64_t features, int64_t unit, F 
     const int64_t wanted = threads == 1 ? 1 : cdiv(4 * threads, row_blocks);
     const int64_t part = cdiv(cdiv(features, wanted), unit) * unit, parts = cdiv(features, part);
     cpu.pool->each(row_blocks * parts, [&](int64_t task, int thread) {
-        const int64_t row = task / parts * ROW_BLOCK, first = task % parts * part;
+        const int64_t row = task % row_blocks * ROW_BLOCK, first = task / row_blocks * part; // a part stays in the cache
         body(row, rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK, first, features - first < part ? features - first : part,
              thread);
     });

@@ -11,16 +11,26 @@ constexpr int64_t QUANTUM = 128; // values of K that share a scale in an activat
 constexpr int64_t ROW_BLOCK = 64; // rows of activations that a task multiplies at most
 constexpr int64_t MANY_ROWS = 8;  // from so many on (and no fewer than lanes) float weights meet them side by side
 
+
+// How the values of a panel lie.
+enum Layout {
+    BY_ROW,       // (rows, K); where the weight is bfloat16 each run of 2 L values has its even ones first, then the odd
+    SIDE_BY_SIDE, // (rows / lanes, K, lanes)
+    IN_TILES,     // bfloat16, (rows / 16, K / 2, 16, 2): what tiles of weights meet
+};
+
 // Activations as the weight's format wants them: (rows, K) prepared once, read by every output feature.
 struct Panel {
-    int64_t stride;    // of `values` and `codes` from row to row: K rounded up, the rest 0
-    int64_t groups;    // of `scale` and `total` from row to row
-    bool side_by_side; // float weights that meet many rows: `values` as blocks of so many rows as a vector has lanes,
-                       // (row / lanes, K, row % lanes)
-    float *values;     // float weights; for few rows and bfloat16 each run of 2 L values has its even ones first, then the odd
-    int16_t *codes;    // quantised weights: value = scale * code, those of a group in the order of the weight's words
-    float *scale;      // (rows, groups)
-    float *total;      // (rows, groups) sum of a group's values; for int8 the first is that of the whole row
+    Layout layout;
+    int64_t stride; // of `values` and `codes` from row to row: K rounded up, the rest 0
+    int64_t groups; // of `scale` and `total` from row to row
+    union {
+        float *values;    // float weights
+        uint16_t *halves; // the same, IN_TILES
+    };
+    int16_t *codes; // quantised weights: value = scale * code, those of a group in the order of the weight's words
+    float *scale;   // (rows, groups)
+    float *total;   // (rows, groups) sum of a group's values; for int8 the first is that of the whole row
 };
 
 // What is made into a panel: rows of x, normalised first where `norm` is given.
@@ -30,6 +40,7 @@ struct Source {
     int64_t stride;
     const float *norm; // (K,) or NULL
     float eps;
+    bool half;         // the model computes in bfloat16: values may be rounded to it
 };
 
 // A run of a sequence's queries with some heads of keys.
@@ -118,8 +129,9 @@ constexpr int64_t flash_scratch(int64_t tokens, int64_t head_dim, bool backward)
 struct Isa {
     const char *name;
     int lanes;
+    bool tiles; // multiplies tiles of bfloat16
 
-    // Rows first..last-1 of the panel; side by side: first is a multiple of the lanes.
+    // Rows first..last-1 of the panel; side by side: first is a multiple of the lanes, in tiles of 16.
     void (*prepare)(const lk_weight &weight, const Source &source, int64_t first, int64_t last, const Panel &panel);
     // out[m][n] (+)= panel row first_row + m times weight row first + n, for m < rows, n < count.
     void (*products)(const lk_weight &weight, const Panel &panel, int64_t first_row, int64_t rows, int64_t first,
@@ -143,9 +155,9 @@ struct Isa {
     void (*varlen_attention_backward)(const VarlenAttention &task, float *scratch);
 };
 // Floats of scratch memory that attend needs.
-constexpr int64_t ATTEND_SCRATCH = 2 * KEY_TILE * MAX_HEAD_DIM + MAX_QUERIES * (KEY_TILE + MAX_HEAD_DIM);
+constexpr int64_t ATTEND_SCRATCH = 2 * KEY_TILE * MAX_HEAD_DIM + MAX_QUERIES * (KEY_TILE + 2 * MAX_HEAD_DIM);
 
-extern const Isa portable, avx2, avx512, avx512vnni, neon; // those that the library was built with
+extern const Isa portable, avx2, avx512, avx512vnni, amx, neon; // those that the library was built with
 
 // The best that this processor runs, or the one called `name`; NULL where there is none of that name, or it does not run.
 const Isa *find_isa(const char *name);

@@ -1,5 +1,8 @@
 // The inner functions of isa.h, compiled once for each instruction set (LK_ISA, LK_LANES and the compiler's flags).
+#include "activations.h"
+#include "dense.h"
 #include "inner.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -9,29 +12,10 @@ using lk::Panel;
 using lk::Source;
 
 constexpr int64_t PAIR = 2 * L; // bfloat16 values that are read at a time
+constexpr int64_t MANY_QUERIES = 8; // of one head of keys, for which these are turned
 constexpr int ROWS = 3, WIDE = 4; // few rows of x, and of the weight, at a time: 12 sums and 4 operands fill 16 registers
-constexpr int64_t CHUNK = 128; // values that are looked at together where a whole row is not at hand
 
 // ---- activations
-
-// 1 / the root of the mean square, without a copy of a row of halves.
-float inverse_norm(lk_dtype dtype, const void *x, int64_t width, float eps) {
-    vf total = {};
-    float part[CHUNK];
-    for (int64_t from = 0; from < width; from += CHUNK) {
-        const int64_t count = least(CHUNK, width - from);
-        to_float(dtype, (const char *)x + from * (dtype == LK_FLOAT32 ? 4 : 2), part, count);
-        for (int64_t i = count; i % L; i++) part[i] = 0;
-        for (int64_t i = 0; i < count; i += L) total += load<vf>(part + i) * load<vf>(part + i);
-    }
-    return 1.f / __builtin_sqrtf(sum(total) / (float)width + eps);
-}
-
-void scaled(const float *x, float factor, const float *weight, float *out, int64_t width) {
-    int64_t i = 0;
-    for (; i + L <= width; i += L) store(out + i, load<vf>(x + i) * factor * load<vf>(weight + i));
-    for (; i < width; i++) out[i] = x[i] * factor * weight[i];
-}
 
 // Even values of each run of 2 L first, as the two halves of the weight's words meet them.
 void part_pairs(float *x, int64_t count) {
@@ -82,11 +66,13 @@ void prepare_block(const Source &source, int64_t width, int64_t rows, int64_t fi
 
 void prepare(const lk_weight &weight, const Source &source, int64_t first, int64_t last, const Panel &panel) {
     const int64_t width = weight.in_features;
-    if (panel.side_by_side) {
+    if (panel.layout == lk::SIDE_BY_SIDE) {
         for (int64_t row = first; row < last; row += L)
             prepare_block(source, width, least(L, last - row), row, panel.values + row * panel.stride);
         return;
     }
+    if constexpr (TILES)
+        if (panel.layout == lk::IN_TILES) return prepare_tiles(weight, source, first, last, panel);
     const bool coded = weight.format >= LK_WEIGHT_INT8;
     const int64_t group = panel.stride / panel.groups;
     for (int64_t row = first; row < last; row++) {
@@ -444,7 +430,9 @@ void coded_products(const lk_weight &weight, const Panel &panel, int64_t row, in
 void products(const lk_weight &weight, const Panel &panel, int64_t first_row, int64_t rows, int64_t first, int64_t count,
               float *out, int64_t out_stride, bool add) {
     const float *x = panel.values + first_row * panel.stride;
-    const bool wide = panel.side_by_side;
+    const bool wide = panel.layout == lk::SIDE_BY_SIDE;
+    if constexpr (TILES)
+        if (panel.layout == lk::IN_TILES) return tile_products(weight, panel, first_row, rows, first, count, out, out_stride, add);
     switch (weight.format) {
     case LK_WEIGHT_FLOAT32:
         return (wide ? many_rows<Float32> : few_rows<Float32>)(weight, x, panel.stride, rows, first, count, out, out_stride, add);
@@ -678,9 +666,49 @@ INLINE void attend_tile(const Attention &task, const float *const *q, const E *k
         weigh<1, 8>(p + r * lk::KEY_TILE, v, v_stride, tile.count, task.head_dim, shrink + r, out + r * lk::MAX_HEAD_DIM);
 }
 
+// Many queries of one head of keys: both products as dense ones, with the keys of a tile turned, so that nothing is added
+// up across lanes.
+void attend_many(const Attention &task, float *scratch) {
+    using lk::KEY_TILE;
+    using lk::MAX_HEAD_DIM;
+    float *keys = scratch, *values = keys + KEY_TILE * MAX_HEAD_DIM, *p = values + KEY_TILE * MAX_HEAD_DIM;
+    float *q = p + lk::MAX_QUERIES * KEY_TILE, *out = q + lk::MAX_QUERIES * MAX_HEAD_DIM;
+    const int64_t dim = task.head_dim, width = (dim + PANEL - 1) / PANEL * PANEL, rows = task.rows;
+    const int64_t all_keys = task.first + (rows - 1) / task.group + 1, size = task.cache_dtype == LK_FLOAT32 ? 4 : 2;
+    const float factor = LOG2E / __builtin_sqrtf((float)dim); // scores are kept in units of log 2
+    float most[lk::MAX_QUERIES], total[lk::MAX_QUERIES];
+    for (int64_t r = 0; r < rows; r++) {
+        memcpy(q + r * dim, task.q + r / task.group * task.q_stride + r % task.group * dim, (size_t)dim * sizeof(float));
+        memset(out + r * width, 0, (size_t)width * sizeof(float));
+        most[r] = -__builtin_inff(), total[r] = 0;
+    }
+    for (int64_t begin = 0; begin < all_keys; begin += KEY_TILE) {
+        const Tile tile = tile_at(task, begin, least(KEY_TILE, all_keys - begin));
+        for (int64_t t = 0; t < tile.count; t++)
+            to_float(task.cache_dtype, (const char *)task.k + tile.at[t] * size, values + t * dim, dim);
+        turned(values, tile.count, dim, keys);
+        for (int64_t t = 0; t < tile.count; t++) {
+            to_float(task.cache_dtype, (const char *)task.v + tile.at[t] * size, values + t * width, dim);
+            for (int64_t d = dim; d < width; d++) values[t * width + d] = 0;
+        }
+        product(rows, KEY_TILE, dim, {q, dim, 1}, keys, KEY_TILE, p, KEY_TILE, false);
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t seen = task.first + r / task.group + 1 - begin; // may be none
+            weights(p + r * KEY_TILE, seen, factor, most[r], total[r], out + r * width, width);
+        }
+        product(rows, width, tile.count, {p, KEY_TILE, 1}, values, width, out, width, true);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        float *to = task.out + r / task.group * task.out_stride + r % task.group * dim;
+        const float inverse = 1.f / total[r];
+        for (int64_t d = 0; d < dim; d++) to[d] = out[r * width + d] * inverse;
+    }
+}
+
 void attend(const Attention &task, float *scratch) {
     using lk::KEY_TILE;
     using lk::MAX_HEAD_DIM;
+    if (task.kv_heads == 1 && task.rows >= MANY_QUERIES) return attend_many(task, scratch);
     float *k_copy = scratch, *v_copy = k_copy + KEY_TILE * MAX_HEAD_DIM, *p = v_copy + KEY_TILE * MAX_HEAD_DIM;
     const int64_t dim = task.head_dim, size = task.cache_dtype == LK_FLOAT32 ? 4 : 2;
     Rows rows;
@@ -728,7 +756,7 @@ void attend(const Attention &task, float *scratch) {
 
 namespace lk {
 extern const Isa LK_ISA;
-const Isa LK_ISA = {NAME(LK_ISA), L, prepare, products, turn, swiglu, attend, to_float, from_float, argmax,
+const Isa LK_ISA = {NAME(LK_ISA), L, TILES, prepare, products, turn, swiglu, attend, to_float, from_float, argmax,
                     LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
                     LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
                     LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward};

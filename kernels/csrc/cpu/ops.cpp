@@ -2,12 +2,21 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(LK_HAVE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "handle.h"
 
 namespace lk {
 
 static const Isa *const built[] = {
 #if defined(LK_HAVE_AVX512)
+#if defined(LK_HAVE_AMX)
+    &amx,
+#endif
     &avx512vnni, &avx512,
 #endif
 #if defined(LK_HAVE_X86)
@@ -18,6 +27,20 @@ static const Isa *const built[] = {
     &portable, // runs everywhere
 };
 
+#if defined(LK_HAVE_AMX)
+// Whether there are tiles of bfloat16, and the system lets this process have them: Linux wants to be asked.
+static bool may_use_tiles() {
+    static const bool may = [] {
+        unsigned a, b, c, d;
+        constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16 | TILE)) != (BF16 | TILE)) return false;
+        constexpr long REQUEST = 0x1023, TILE_DATA = 18; // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>, and what is asked for
+        return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    }();
+    return may;
+}
+#endif
+
 static bool runs(const Isa *isa) {
 #if defined(LK_HAVE_X86)
     __builtin_cpu_init();
@@ -27,7 +50,11 @@ static bool runs(const Isa *isa) {
     const bool wide = floor && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (isa == &avx512) return wide;
-    if (isa == &avx512vnni) return wide && __builtin_cpu_supports("avx512vnni");
+    const bool vnni = wide && __builtin_cpu_supports("avx512vnni");
+    if (isa == &avx512vnni) return vnni;
+#if defined(LK_HAVE_AMX)
+    if (isa == &amx) return vnni && __builtin_cpu_supports("avx512bf16") && may_use_tiles();
+#endif
 #endif
 #endif
     (void)isa;
@@ -62,13 +89,13 @@ lk_status check_weight(lk_handle *handle, const char *name, const lk_weight &wei
 }
 
 const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, const Source &source, int64_t rows) {
-    const int64_t lanes = cpu.isa->lanes;
-    const Panel &panel = buffer.fit(weight, rows, lanes);
+    const Panel &panel = buffer.fit(*cpu.isa, weight, rows, source.half);
     if (rows <= FEW_ROWS) {
         cpu.isa->prepare(weight, source, 0, rows, panel);
         return panel;
     }
-    const int64_t unit = panel.side_by_side ? lanes : 1, part = cdiv(cdiv(rows, 4 * cpu.pool->threads()), unit) * unit;
+    const int64_t unit = panel.layout == IN_TILES ? 16 : panel.layout == SIDE_BY_SIDE ? cpu.isa->lanes : 1;
+    const int64_t part = cdiv(cdiv(rows, 4 * cpu.pool->threads()), unit) * unit;
     cpu.pool->each(cdiv(rows, part), [&](int64_t i, int) {
         cpu.isa->prepare(weight, source, i * part, (i + 1) * part < rows ? (i + 1) * part : rows, panel);
     });
@@ -131,13 +158,15 @@ lk_status check_step(lk_handle *handle, const PagedStep &step, int64_t tokens, i
 
 } // namespace lk
 
-const lk::Panel &PanelBuffer::fit(const lk_weight &weight, int64_t rows, int64_t lanes) {
+const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, int64_t rows, bool half) {
     const bool coded = weight.format >= LK_WEIGHT_INT8;
     const int64_t group = weight.format == LK_WEIGHT_INT4 ? weight.group_size : lk::QUANTUM;
     panel.stride = lk::cdiv(weight.in_features, group) * group; // 128 is a multiple of what any vectors take
     panel.groups = panel.stride / group;
-    panel.side_by_side = !coded && rows >= lk::MANY_ROWS && rows >= lanes;
-    panel.values = values.at_least(lk::cdiv(rows, lanes) * lanes * panel.stride);
+    panel.layout = isa.tiles && half && weight.format == LK_WEIGHT_BFLOAT16 ? lk::IN_TILES
+                   : !coded && rows >= lk::MANY_ROWS && rows >= isa.lanes     ? lk::SIDE_BY_SIDE
+                                                                              : lk::BY_ROW;
+    panel.values = values.at_least(lk::cdiv(rows, 16) * 16 * panel.stride); // lanes are at most 16
     if (coded) {
         panel.codes = codes.at_least(rows * panel.stride);
         panel.scale = scale.at_least(rows * panel.groups);
@@ -194,7 +223,8 @@ lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream) {
     return guarded(handle, [&] {
         lk_cpu &cpu = *handle->cpu;
         const lk_weight &weight = args->weight;
-        const lk::Source source{args->dtype, args->x, lk_or(args->x_stride, weight.in_features), nullptr, 0};
+        const lk::Source source{args->dtype, args->x, lk_or(args->x_stride, weight.in_features), nullptr, 0,
+                                args->dtype == LK_BFLOAT16};
         const lk::Panel &panel = lk::prepare(cpu, cpu.panel, weight, source, args->rows);
         const int64_t out_stride = lk_or(args->out_stride, weight.out_features), size = lk::size_of(args->dtype);
         constexpr int64_t UNIT = 48, ROOM = UNIT * lk::ROW_BLOCK;

@@ -128,6 +128,33 @@ static void linear(lk_handle *handle, lk_weight_format format, int64_t group, in
     CHECK(worst < tolerance);
 }
 
+// The same with bfloat16 activations, bias and result: what may be multiplied in tiles.
+static void half_linear(lk_handle *handle, lk_weight_format format, int64_t rows, int64_t out, int64_t in) {
+    Matrix m;
+    make(m, format, out, in, 64);
+    const int64_t gap = rows % 2 ? 5 : 0, x_stride = in + gap, out_stride = out + gap;
+    List<uint16_t> x((size_t)((rows - 1) * x_stride + in), 0x7fff), y((size_t)((rows - 1) * out_stride + out), 0x1234), bias;
+    List<float> values(x.size());
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < in; i++) {
+            const size_t at = (size_t)(r * x_stride + i);
+            x[at] = half(normal(1)[0]), values[at] = whole(x[at]);
+        }
+    for (float value : normal(out)) bias.push_back(half(value));
+    lk_linear_args args{};
+    args.dtype = LK_BFLOAT16, args.x_stride = x_stride, args.out_stride = out_stride;
+    args.rows = rows, args.weight = m.weight, args.x = x.data(), args.bias = bias.data(), args.out = y.data();
+    CHECK(lk_linear(handle, &args, nullptr) == LK_OK);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t n = 0; n < out; n++) {
+            double size, exact = product(m, values.data() + r * x_stride, n, &size) + whole(bias[(size_t)n]);
+            const double off = std::fabs(exact - whole(y[(size_t)(r * out_stride + n)]));
+            CHECK(off <= std::fabs(exact) / 256 + (format >= LK_WEIGHT_INT8 ? 2e-4 : 1e-6) * (size + 1));
+        }
+        for (int64_t i = 0; r + 1 < rows && i < gap; i++) CHECK(y[(size_t)(r * out_stride + out + i)] == 0x1234);
+    }
+}
+
 // A decoder of two layers, prompts in pieces and single tokens, against a plain loop in double.
 struct Tiny {
     static constexpr int LAYERS = 2, WIDTH = 40, HEADS = 6, KV = 2, DIM = 34, INNER = 24, VOCAB = 17;
@@ -321,6 +348,13 @@ int main(int count, char **words) {
                     linear(handle, LK_WEIGHT_BFLOAT16, 0, rows, out, in);
                     linear(handle, LK_WEIGHT_INT8, 0, rows, out, in);
                     for (int64_t group : {64, 128, 256}) linear(handle, LK_WEIGHT_INT4, group, rows, out, in);
+                }
+        for (int64_t rows : {1, 4, 16, 17, 35, 66, 130})
+            for (int64_t out : {1, 16, 47, 300})
+                for (int64_t in : {1, 31, 32, 200, 1100}) {
+                    if (in > 1000 && rows * out > 1000) continue;
+                    for (lk_weight_format format : {LK_WEIGHT_BFLOAT16, LK_WEIGHT_INT8, LK_WEIGHT_INT4})
+                        half_linear(handle, format, rows, out, in);
                 }
         decode(handle);
     }

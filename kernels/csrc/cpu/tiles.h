@@ -1,0 +1,193 @@
+// bfloat16 weights that meet many activations, in the tiles of AMX: registers of 16 rows of 64 bytes. A tile of weights is
+// 16 features of 32 neighbours of K, read where it lies; one of activations has them transposed, in pairs (IN_TILES). Of
+// both comes a tile of 16 features by 16 activations, in float32.
+#pragma once
+
+#include "activations.h"
+#include "isa.h"
+#include "vectors.h"
+
+namespace {
+
+#if defined(__AMX_BF16__)
+constexpr bool TILES = true;
+constexpr int64_t SIDE = 16, DEEP = 32; // rows and columns of a result; values of K in a tile
+
+// Element i of vector j becomes element j of vector i.
+INLINE void transpose(vf (&v)[SIDE]) {
+    vf w[SIDE];
+    for (int i = 0; i < SIDE; i += 2) { // pairs of neighbours, then of pairs, within quarters of a vector
+        w[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        w[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    }
+    for (int i = 0; i < SIDE; i += 4)
+        for (int j = 0; j < 2; j++) {
+            const vf a = w[i + j], b = w[i + j + 2];
+            v[i + 2 * j] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+            v[i + 2 * j + 1] = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int half = 0; half < SIDE; half += 8) {
+            const vf a = v[half + i], b = v[half + i + 4];
+            w[half + i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+            w[half + i + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+        }
+    for (int i = 0; i < 8; i++) {
+        v[i] = __builtin_shufflevector(w[i], w[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        v[i + 8] = __builtin_shufflevector(w[i], w[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+}
+
+// ---- activations
+
+// DEEP values of up to SIDE rows, one row behind the other, rounded and in pairs: (DEEP / 2, SIDE, 2).
+INLINE void pair(const float *x, int64_t stride, uint16_t *out) {
+    vf words[SIDE];
+    for (int64_t r = 0; r < SIDE; r++)
+        words[r] = (vf)_mm512_cvtne2ps_pbh((__m512)load<vf>(x + r * stride + L), (__m512)load<vf>(x + r * stride));
+    transpose(words);
+    for (int64_t i = 0; i < SIDE; i++) store(out + i * DEEP, words[i]);
+}
+
+void prepare_tiles(const lk_weight &weight, const lk::Source &source, int64_t first, int64_t last, const lk::Panel &panel) {
+    constexpr int64_t PIECE = 128; // of K: what panels are padded to
+    const int64_t width = weight.in_features, size = source.dtype == LK_FLOAT32 ? 4 : 2;
+    for (int64_t row = first; row < last; row += SIDE) {
+        const int64_t rows = least(SIDE, last - row);
+        const char *x = (const char *)source.x + row * source.stride * size;
+        float factor[SIDE];
+        for (int64_t r = 0; source.norm && r < rows; r++)
+            factor[r] = inverse_norm(source.dtype, x + r * source.stride * size, width, source.eps);
+        float part[SIDE][PIECE] = {};
+        for (int64_t from = 0; from < width; from += PIECE) {
+            const int64_t count = least(PIECE, width - from);
+            for (int64_t r = 0; r < rows; r++) {
+                to_float(source.dtype, x + (r * source.stride + from) * size, part[r], count);
+                if (source.norm) scaled(part[r], factor[r], source.norm + from, part[r], count);
+                if (count < PIECE) memset(part[r] + count, 0, (size_t)(PIECE - count) * sizeof(float));
+            }
+            for (int64_t k = 0; k < PIECE; k += DEEP)
+                pair(&part[0][k], PIECE, panel.halves + row * panel.stride + (from + k) * SIDE);
+        }
+    }
+}
+
+// ---- products
+
+struct alignas(64) TileShapes { // as the processor reads it: all eight tiles are whole
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Up to SIDE features of DEEP values that are not all there: the rest is 0.
+INLINE void copy_edge(const char *w, int64_t row, int64_t features, int64_t values, char *out) {
+    memset(out, 0, SIDE * DEEP * 2);
+    for (int64_t n = 0; n < features; n++) memcpy(out + n * DEEP * 2, w + n * row, (size_t)values * 2);
+}
+
+// The tile of weights in register W (the compiler wants to read its number) with R tiles of activations.
+#define MEET(W, X)                                  \
+    _tile_loadd(6, (X), 2 * DEEP);                  \
+    _tile_dpbf16ps(0, W, 6);                        \
+    if (R > 1) _tile_loadd(7, (X) + block, 2 * DEEP); \
+    if (R > 1) _tile_dpbf16ps(1, W, 7);             \
+    if (R > 2) _tile_loadd(6, (X) + 2 * block, 2 * DEEP); \
+    if (R > 2) _tile_dpbf16ps(2, W, 6);             \
+    if (R > 3) _tile_loadd(7, (X) + 3 * block, 2 * DEEP); \
+    if (R > 3) _tile_dpbf16ps(3, W, 7)
+
+// Up to SIDE features with R tiles of activations, which lie `block` apart, over all of K; out: (R, SIDE, SIDE). Every
+// weight is read once, whatever R.
+template <int R>
+INLINE void multiply_tiles(const char *w, int64_t row, int64_t width, int64_t features, const uint16_t *x, int64_t block,
+                           float *out) {
+    constexpr int64_t SIZE = SIDE * SIDE, BYTES = 4 * SIDE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const int64_t whole = features < SIDE ? 0 : width / DEEP;
+    int64_t i = 0;
+    for (; i + 2 <= whole; i += 2, w += 4 * DEEP, x += 2 * SIDE * DEEP) {
+        _tile_loadd(4, w, row);
+        MEET(4, x);
+        _tile_loadd(5, w + 2 * DEEP, row);
+        MEET(5, x + SIDE * DEEP);
+    }
+    alignas(64) char edge[2 * SIDE * DEEP];
+    for (; i * DEEP < width; i++, w += 2 * DEEP, x += SIDE * DEEP) {
+        copy_edge(w, row, features, least(DEEP, width - i * DEEP), edge);
+        _tile_loadd(4, edge, 2 * DEEP);
+        MEET(4, x);
+    }
+    _tile_stored(0, out, BYTES);
+    if (R > 1) _tile_stored(1, out + SIZE, BYTES);
+    if (R > 2) _tile_stored(2, out + 2 * SIZE, BYTES);
+    if (R > 3) _tile_stored(3, out + 3 * SIZE, BYTES);
+}
+
+// A tile of results, (features, activations), to where it belongs: (activations, features).
+INLINE void put_tile(const float *tile, int64_t apart, float *out, int64_t stride, int64_t rows, int64_t features, bool add) {
+    vf v[SIDE];
+    for (int64_t i = 0; i < SIDE; i++) v[i] = load<vf>(tile + i * apart);
+    transpose(v);
+    const __mmask16 there = (__mmask16)((1u << features) - 1);
+    for (int64_t m = 0; m < SIDE; m++) {
+        if (m == rows) return;
+        float *to = out + m * stride;
+        const __m512 sum = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(there, to), (__m512)v[m]) : (__m512)v[m];
+        _mm512_mask_storeu_ps(to, there, sum);
+    }
+}
+
+// SIDE features that lie `run` apart meet the activations at a time, then their neighbours: each is the head of a stream
+// of rows that the processor sees ahead in. A tile of neighbours would have streams as short as a row.
+template <int R>
+void streams_of(const char *w, int64_t row, int64_t width, int64_t run, const uint16_t *x, int64_t block, int64_t rows,
+                float *out, int64_t stride, bool add) {
+    alignas(64) float found[SIDE][R][SIDE][SIDE]; // (neighbours, rows' tiles, streams, rows)
+    for (int64_t first = 0; first < run; first += SIDE) {
+        const int64_t some = least(SIDE, run - first);
+        for (int64_t n = 0; n < some; n++)
+            multiply_tiles<R>(w + (first + n) * row, run * row, width, SIDE, x, block, found[n][0][0]);
+        for (int64_t i = 0; i < SIDE; i++)
+            for (int r = 0; r < R; r++)
+                put_tile(found[0][r][i], R * SIDE * SIDE, out + i * run + first + r * SIDE * stride, stride,
+                         least(SIDE, rows - r * SIDE), some, add);
+    }
+}
+
+// Fewer than SIDE features.
+template <int R>
+void rest_of(const char *w, int64_t row, int64_t width, int64_t features, const uint16_t *x, int64_t block, int64_t rows,
+             float *out, int64_t stride, bool add) {
+    alignas(64) float found[R][SIDE][SIDE];
+    multiply_tiles<R>(w, row, width, features, x, block, found[0][0]);
+    for (int r = 0; r < R; r++)
+        put_tile(found[r][0], SIDE, out + r * SIDE * stride, stride, least(SIDE, rows - r * SIDE), features, add);
+}
+
+void tile_products(const lk_weight &weight, const lk::Panel &panel, int64_t first_row, int64_t rows, int64_t first,
+                   int64_t count, float *out, int64_t out_stride, bool add) {
+    static_assert(lk::ROW_BLOCK == 4 * SIDE);
+    using Part = decltype(&rest_of<1>);
+    constexpr Part STREAMS[] = {streams_of<1>, streams_of<2>, streams_of<3>, streams_of<4>};
+    constexpr Part REST[] = {rest_of<1>, rest_of<2>, rest_of<3>, rest_of<4>};
+    const TileShapes shapes;
+    _tile_loadconfig(&shapes);
+    const int64_t width = weight.in_features, row = (weight.row_stride ? weight.row_stride : width) * 2;
+    const int64_t run = count / SIDE, done = run * SIDE, tiles = (rows - 1) / SIDE, block = SIDE * panel.stride;
+    const char *w = (const char *)weight.data + first * row;
+    const uint16_t *x = panel.halves + first_row * panel.stride;
+    if (run) STREAMS[tiles](w, row, width, run, x, block, rows, out, out_stride, add);
+    if (done < count) REST[tiles](w + done * row, row, width, count - done, x, block, rows, out + done, out_stride, add);
+    _tile_release();
+}
+#else
+constexpr bool TILES = false;
+inline void prepare_tiles(const lk_weight &, const lk::Source &, int64_t, int64_t, const lk::Panel &) {}
+inline void tile_products(const lk_weight &, const lk::Panel &, int64_t, int64_t, int64_t, int64_t, float *, int64_t, bool) {}
+#endif
+
+} // namespace
