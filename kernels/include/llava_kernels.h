@@ -228,6 +228,29 @@ LK_API lk_status lk_decoder_step(lk_decoder *decoder, const lk_step_args *args);
 /* Final norm and head: hidden (rows, width) -> logits (rows, vocabulary). */
 LK_API lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float *hidden, float *logits);
 
+/* A CLIP vision tower in one call: patches, class token and positions, LayerNorm; then layers of LayerNorm, QKV, attention,
+ * output and residual; LayerNorm, fc1, quick GELU, fc2 and residual. Inside everything is float32. */
+typedef struct lk_vision_layer {
+    const void *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias; /* (width,) of lk_vision_args.dtype */
+    lk_weight qkv, out, fc1, fc2;                                      /* (3 width, width), (width, width), ... */
+    const void *qkv_bias, *out_bias, *fc1_bias, *fc2_bias;             /* as many as the weight has features */
+} lk_vision_layer;
+
+typedef struct lk_vision_args {
+    lk_dtype dtype;                   /* of vectors and out: LK_FLOAT32 or LK_BFLOAT16 */
+    int64_t layers, width, heads;     /* width / heads: up to 256 */
+    float eps;
+    lk_weight patch_embedding;        /* (width, 3 * patch * patch) */
+    const void *class_embedding;      /* (width,) */
+    const void *position_embedding;   /* (1 + grid * grid, width) */
+    const void *norm_weight, *norm_bias;
+    const lk_vision_layer *layer;     /* (layers,) */
+    int64_t images, patch, grid;      /* an image is grid * grid patches of patch * patch pixels */
+    const float *pixels;              /* (images, 3, grid * patch, grid * patch) */
+    void *out;                        /* (images, 1 + grid * grid, width) */
+} lk_vision_args;
+LK_API lk_status lk_vision_tower(lk_handle *handle, const lk_vision_args *args);
+
 /* ---- Training on the CPU. Float32 inside; every result is written once, and nothing depends on the threads. */
 
 /* With h = x * rstd and g = d_out * weight: d_x = rstd * (g - h * mean(g * h)) + d_sum, d_weight = sum of d_out * h. */

@@ -85,6 +85,31 @@ class StepArgs(Structure):
     ]
 
 
+class VisionLayer(Structure):
+    """lk_vision_layer."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias")],
+        *[(name, Weight) for name in ("qkv", "out", "fc1", "fc2")],
+        *[(name, c_void_p) for name in ("qkv_bias", "out_bias", "fc1_bias", "fc2_bias")],
+    ]
+
+
+class VisionArgs(Structure):
+    """lk_vision_args."""
+
+    _fields_ = [
+        ("dtype", c_int),
+        *[(name, c_int64) for name in ("layers", "width", "heads")],
+        ("eps", c_float),
+        ("patch_embedding", Weight),
+        *[(name, c_void_p) for name in ("class_embedding", "position_embedding", "norm_weight", "norm_bias")],
+        ("layer", POINTER(VisionLayer)),
+        *[(name, c_int64) for name in ("images", "patch", "grid")],
+        *[(name, c_void_p) for name in ("pixels", "out")],
+    ]
+
+
 class LinearArgs(Structure):
     """lk_linear_args."""
 
@@ -130,6 +155,7 @@ def _declared(library: CDLL) -> CDLL:
     library.lk_linear.argtypes = [c_void_p, POINTER(LinearArgs), c_void_p]
     library.lk_decoder_create.argtypes = [c_void_p, POINTER(DecoderArgs), POINTER(c_void_p)]
     library.lk_decoder_step.argtypes = [c_void_p, POINTER(StepArgs)]
+    library.lk_vision_tower.argtypes = [c_void_p, POINTER(VisionArgs)]
     library.lk_decoder_head.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     for name in ("lk_destroy", "lk_decoder_destroy"):
         function = getattr(library, name)
@@ -187,6 +213,9 @@ class Handle:
             args.bias = bias.data_ptr()
         self.check(self.library.lk_linear(self._handle, byref(args), None))
         return out
+
+    def vision_tower(self, args: VisionArgs) -> None:
+        self.check(self.library.lk_vision_tower(self._handle, byref(args)))
 
     def __del__(self) -> None:
         if self._handle:

@@ -50,9 +50,9 @@ class NativeDecoder:
             cache_head_stride=keys.stride(2),
         )
         self.vocab_size = text.vocab_size
-        handle = library.Handle()
-        self.instructions, self.threads = handle.instructions, handle.threads
-        self._decoder = library.Decoder(handle, args, keep=(model, cache, cos, sin, layers))
+        self.handle = library.Handle()
+        self.instructions, self.threads = self.handle.instructions, self.handle.threads
+        self._decoder = library.Decoder(self.handle, args, keep=(model, cache, cos, sin, layers))
 
     @staticmethod
     def misfit(model: Llava) -> str | None:

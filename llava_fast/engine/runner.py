@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from llava_fast.engine.images import FeatureCache, PreparedImage
 from llava_fast.engine.inputs import BlockTables, StepInputs, build, image_rows
 from llava_fast.engine.kv_cache import FP8, KVCache
 from llava_fast.engine.native_decoder import NativeDecoder
+from llava_fast.engine.native_tower import NativeTower
 from llava_fast.engine.prompt import Prompt
 from llava_fast.engine.request import SamplingParams
 from llava_fast.engine.sampler import Logprobs, Sampler
@@ -77,6 +79,7 @@ class Runner:
         self.max_length = min(config.max_length or context, context)
         self.tables = BlockTables(config.max_sequences, -(-self.max_length // config.block_size))
         self.host_decoder = _host_decoder(model, config, self.cache, self.max_length)
+        self.tower = _tower(model, self.host_decoder)
         self.stream: torch.cuda.Stream | None = None
         self.decode_graphs: DecodeGraphs | None = None
         self.tower_graphs: TowerGraphs | None = None
@@ -183,12 +186,12 @@ class Runner:
         waiting = list(new.values())
         for start in range(0, len(waiting), self.config.image_batch):
             batch = waiting[start : start + self.config.image_batch]
-            for same, features in zip(batch, self._tower([same[0] for same in batch]), strict=True):
+            for same, features in zip(batch, self._features([same[0] for same in batch]), strict=True):
                 self.features.put(same[0].digest, features)
                 for image in same:
                     image.features, image.pixels = features, None
 
-    def _tower(self, images: list[PreparedImage]) -> list[Tensor]:
+    def _features(self, images: list[PreparedImage]) -> list[Tensor]:
         pixels = torch.stack([image.pixels for image in images if image.pixels is not None])
         self.images_seen += len(images)
         if self.device.type == "cuda":
@@ -196,7 +199,7 @@ class Runner:
         if self.tower_graphs is not None:
             found = self.tower_graphs.features(pixels)
         else:
-            found = self.model.image_features(pixels.to(self.device, non_blocking=True))
+            found = self.tower(pixels.to(self.device, non_blocking=True))
         return [features.clone() for features in found]  # one tensor an image: none holds the memory of its whole batch
 
     def _score_prompts(self, inputs: StepInputs, hidden: Tensor) -> list[PromptScores]:
@@ -224,7 +227,7 @@ class Runner:
         side = self.model.config.vision.image_size
         with self.on_stream():
             pixels = torch.zeros(1, 3, side, side, device=self.device)
-            self.model.image_features(pixels)
+            self.tower(pixels)
             for sampling in (SamplingParams(), SamplingParams(temperature=1.0, top_k=5, top_p=0.9)):
                 self._answer_nothing(sampling)
             for graphs in (self.decode_graphs, self.tower_graphs):
@@ -253,7 +256,7 @@ class Runner:
         """Let go of everything on the device."""
         if self.stream is not None:
             self.stream.synchronize()
-        del self.cache, self.sampler, self.model, self.host_decoder, self.decode_graphs, self.tower_graphs
+        del self.cache, self.sampler, self.model, self.host_decoder, self.tower, self.decode_graphs, self.tower_graphs
         self.features.clear()
         if self.stream is not None:
             torch.cuda.empty_cache()  # back to the device, for whoever else is on it
@@ -262,6 +265,13 @@ class Runner:
 def _misfit(model: Llava, config: EngineConfig) -> str | None:
     """Why this model on a CPU is not decoded by the C library, None where it is."""
     return "the C library has no fp8 cache" if config.kv_cache_dtype == "fp8" else NativeDecoder.misfit(model)
+
+
+def _tower(model: Llava, decoder: NativeDecoder | HostDecoder | None) -> Callable[[Tensor], Tensor]:
+    """(N, 3, H, W) -> features: the vision tower through the C library beside its decoder, or the model's own modules."""
+    if isinstance(decoder, NativeDecoder) and NativeTower.misfit(model, decoder.handle) is None:
+        return NativeTower(model, decoder.handle)
+    return model.image_features
 
 
 def _cache_dtype(model: Llava, config: EngineConfig) -> torch.dtype:

@@ -96,13 +96,13 @@ class Sampler:
             (n,) int64 ids on the device, and the log-probabilities if any sequence wants them, of all n.
         """
         if all(s.plain for s in sequences):
-            ids = logits.argmax(-1)
+            ids = _likeliest(logits)
             self.last.index_copy_(0, rows, ids)
             return ids, None
         settings = [s.sampling for s in sequences]
         chosen_from = self._biased(logits, sequences)
         if all(s.greedy and not s.penalizes for s in settings):
-            ids = chosen_from.argmax(-1)
+            ids = _likeliest(chosen_from)
         else:
             ids = self._sample(chosen_from, sequences, rows, positions)
         self.last.index_copy_(0, rows, ids)
@@ -141,6 +141,13 @@ class Sampler:
         }
         sent = upload(arrays, self.device)
         return logits.float().index_put((sent["rows"], sent["ids"]), sent["values"], accumulate=True)
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """argmax of each row, the first of equals; numpy's is several times as fast as torch's on a CPU."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.numpy().argmax(-1))
 
 
 def _biases(sequence: Sequence) -> list[tuple[int, float]]:

@@ -175,15 +175,15 @@ void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, cons
     for (int64_t i = 0; i < args.layers; i++) {
         const lk_layer &layer = decoder->layers[i];
         const int64_t inner = layer.down.in_features;
-        const Source first{LK_FLOAT32, x, width, decoder->norm(2 * i), args.eps, half};
+        const Source first{LK_FLOAT32, x, width, decoder->norm(2 * i), nullptr, args.eps, half};
         project_heads(*decoder, cpu, layer, prepare(cpu, decoder->panel, layer.qkv, first, tokens), step, q);
         attend(cpu, paged, layer.k_cache, layer.v_cache, q, attended_width, attended);
-        const Source heads{LK_FLOAT32, attended, attended_width, nullptr, 0, half};
+        const Source heads{LK_FLOAT32, attended, attended_width, nullptr, nullptr, 0, half};
         add_product(cpu, layer.out, prepare(cpu, decoder->panel, layer.out, heads, tokens), tokens, x);
-        const Source second{LK_FLOAT32, x, width, decoder->norm(2 * i + 1), args.eps, half};
+        const Source second{LK_FLOAT32, x, width, decoder->norm(2 * i + 1), nullptr, args.eps, half};
         float *gated = decoder->gated.at_least(tokens * inner);
         gate_and_up(*decoder, cpu, layer.gate_up, prepare(cpu, decoder->panel, layer.gate_up, second, tokens), tokens, gated);
-        const Source middle{LK_FLOAT32, gated, inner, nullptr, 0, half};
+        const Source middle{LK_FLOAT32, gated, inner, nullptr, nullptr, 0, half};
         add_product(cpu, layer.down, prepare(cpu, decoder->inner, layer.down, middle, tokens), tokens, x);
     }
 }
@@ -255,7 +255,7 @@ lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float *hidden
         lk_cpu &cpu = *handle->cpu;
         const lk_weight &head = decoder->args.head;
         const Source source{LK_FLOAT32, hidden, decoder->args.width, decoder->norm(2 * decoder->args.layers),
-                            decoder->args.eps, decoder->args.dtype == LK_BFLOAT16};
+                            nullptr, decoder->args.eps, decoder->args.dtype == LK_BFLOAT16};
         const Panel &panel = prepare(cpu, decoder->panel, head, source, rows);
         share_product(cpu, rows, head.out_features, unit_of(panel, 12),
                       [&](int64_t row, int64_t count, int64_t first, int64_t features, int) {

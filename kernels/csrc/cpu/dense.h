@@ -73,27 +73,28 @@ INLINE void weights(float *s, int64_t seen, float factor, float &most, float &to
     total += sum(added);
 }
 
-// x (rows, columns), rows at most 64, side by side -> out (columns, 64).
-INLINE void turned(const float *x, int64_t rows, int64_t columns, float *out) {
+// x (rows, columns), its rows x_stride apart -> out (columns, rows), its rows out_stride apart.
+INLINE void turned(const float *x, int64_t x_stride, int64_t rows, int64_t columns, float *out, int64_t out_stride) {
     int64_t i = 0;
     for (; i + 4 <= rows; i += 4) {
-        const float *from = x + i * columns;
+        const float *from = x + i * x_stride;
+        float *to = out + i;
         int64_t j = 0;
         for (; j + 4 <= columns; j += 4) {
             f4 v[4];
-            for (int r = 0; r < 4; r++) v[r] = load<f4>(from + r * columns + j);
+            for (int r = 0; r < 4; r++) v[r] = load<f4>(from + r * x_stride + j);
             const f4 ab = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5), cd = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
             const f4 AB = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7), CD = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
-            store(out + j * 64 + i, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
-            store(out + (j + 1) * 64 + i, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
-            store(out + (j + 2) * 64 + i, __builtin_shufflevector(AB, CD, 0, 1, 4, 5));
-            store(out + (j + 3) * 64 + i, __builtin_shufflevector(AB, CD, 2, 3, 6, 7));
+            store(to + j * out_stride, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+            store(to + (j + 1) * out_stride, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+            store(to + (j + 2) * out_stride, __builtin_shufflevector(AB, CD, 0, 1, 4, 5));
+            store(to + (j + 3) * out_stride, __builtin_shufflevector(AB, CD, 2, 3, 6, 7));
         }
         for (; j < columns; j++)
-            for (int r = 0; r < 4; r++) out[j * 64 + i + r] = from[r * columns + j];
+            for (int r = 0; r < 4; r++) to[j * out_stride + r] = from[r * x_stride + j];
     }
     for (; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) out[j * 64 + i] = x[i * columns + j];
+        for (int64_t j = 0; j < columns; j++) out[j * out_stride + i] = x[i * x_stride + j];
 }
 
 } // namespace

@@ -49,6 +49,9 @@ struct lk_cpu {
     std::unique_ptr<lk::Pool> pool;
     PanelBuffer panel;
     Buffer<float> scratch; // a part for each thread
+    struct {
+        Buffer<float> stream, pixels, projected, attended, inner, lse, vectors;
+    } vision;
 };
 
 namespace lk {

@@ -22,6 +22,7 @@ enum Layout {
 // Activations as the weight's format wants them: (rows, K) prepared once, read by every output feature.
 struct Panel {
     Layout layout;
+    int64_t rows;
     int64_t stride; // of `values` and `codes` from row to row: K rounded up, the rest 0
     int64_t groups; // of `scale` and `total` from row to row
     union {
@@ -39,6 +40,7 @@ struct Source {
     const void *x;
     int64_t stride;
     const float *norm; // (K,) or NULL
+    const float *shift; // (K,): the norm is LayerNorm; NULL: RMSNorm
     float eps;
     bool half;         // the model computes in bfloat16: values may be rounded to it
 };
@@ -143,7 +145,9 @@ struct Isa {
     void (*attend)(const Attention &task, float *scratch);
     void (*to_float)(lk_dtype dtype, const void *from, float *to, int64_t count);
     void (*from_float)(lk_dtype dtype, const float *from, void *to, int64_t count);
-    int64_t (*argmax)(const float *x, int64_t count);
+    void (*layer_norm)(float *x, int64_t rows, int64_t width, const float *weight, const float *shift, float eps);
+    // x (rows, count) += bias, then x * sigmoid(1.702 x) where that is asked for.
+    void (*biased)(float *x, int64_t stride, int64_t rows, int64_t count, const float *bias, bool quick_gelu);
 
     void (*rms_norm)(const RmsNorm &task, int64_t first, int64_t last);
     // d_weight (width,) is added to, or NULL.

@@ -48,19 +48,16 @@ void encode(const float *x, int64_t count, int64_t planes, int16_t *codes, float
 void prepare_block(const Source &source, int64_t width, int64_t rows, int64_t first, float *out) {
     const int64_t size = source.dtype == LK_FLOAT32 ? 4 : 2;
     const char *x = (const char *)source.x + first * source.stride * size;
-    float factor[L];
-    for (int64_t r = 0; r < rows; r++)
-        factor[r] = source.norm ? inverse_norm(source.dtype, x + r * source.stride * size, width, source.eps) : 1;
-    float part[CHUNK], block[CHUNK * L];
+    Scaling scaling[L];
+    for (int64_t r = 0; r < rows; r++) scaling[r] = scaling_of(source, x + r * source.stride * size, width);
+    float part[L][CHUNK] = {}; // rows that are not there stay zeros
     for (int64_t from = 0; from < width; from += CHUNK) {
         const int64_t count = least(CHUNK, width - from);
-        memset(block, 0, sizeof block);
         for (int64_t r = 0; r < rows; r++) {
-            to_float(source.dtype, x + (r * source.stride + from) * size, part, count);
-            if (source.norm) scaled(part, factor[r], source.norm + from, part, count);
-            for (int64_t k = 0; k < count; k++) block[k * L + r] = part[k];
+            to_float(source.dtype, x + (r * source.stride + from) * size, part[r], count);
+            normalise(source, scaling[r], from, count, part[r]);
         }
-        memcpy(out + from * L, block, (size_t)(count * L) * sizeof(float));
+        turned(part[0], CHUNK, L, count, out + from * L, L);
     }
 }
 
@@ -80,7 +77,7 @@ void prepare(const lk_weight &weight, const Source &source, int64_t first, int64
         const int64_t size = source.dtype == LK_FLOAT32 ? 4 : 2;
         const char *x = (const char *)source.x + row * source.stride * size;
         to_float(source.dtype, x, values, width);
-        if (source.norm) scaled(values, inverse_norm(source.dtype, x, width, source.eps), source.norm, values, width);
+        normalise(source, scaling_of(source, x, width), 0, width, values);
         memset(values + width, 0, (size_t)(panel.stride - width) * sizeof(float));
         if (weight.format == LK_WEIGHT_BFLOAT16) part_pairs(values, panel.stride);
         float all_of_them = 0;
@@ -476,13 +473,23 @@ void swiglu(int64_t count, const float *gate, const float *up, float *out) {
     }
 }
 
-int64_t argmax(const float *x, int64_t count) { // the first of the largest; a NaN counts as the largest, as in torch
-    int64_t best = 0;
-    for (int64_t i = 0; i < count; i++) {
-        if (x[i] != x[i]) return i;
-        if (x[i] > x[best]) best = i;
+void layer_norm(float *x, int64_t rows, int64_t width, const float *weight, const float *shift, float eps) {
+    const Source source{LK_FLOAT32, x, width, weight, shift, eps, false};
+    for (int64_t r = 0; r < rows; r++, x += width) normalise(source, scaling_of(source, x, width), 0, width, x);
+}
+
+void biased(float *x, int64_t stride, int64_t rows, int64_t count, const float *bias, bool quick_gelu) {
+    for (int64_t m = 0; m < rows; m++, x += stride) {
+        int64_t i = 0;
+        for (; i + L <= count; i += L) {
+            const vf y = load<vf>(x + i) + load<vf>(bias + i);
+            store(x + i, quick_gelu ? y / (exponential(y * -1.702f) + 1.f) : y);
+        }
+        for (; i < count; i++) {
+            const float y = x[i] + bias[i];
+            x[i] = quick_gelu ? y / (exponential(all(y * -1.702f))[0] + 1.f) : y;
+        }
     }
-    return best;
 }
 
 // ---- attention: scores of a tile of keys, softmax as it goes along (Milakov and Gimelshein 2018), values
@@ -523,18 +530,24 @@ INLINE void scores(const float *const *q, const E *k, int64_t k_stride, int64_t 
 template <int R, int V, class E>
 INLINE int64_t weigh_runs(const float *p, const E *v, int64_t v_stride, int64_t tokens, int64_t d, int64_t dim,
                           const float *shrink, float *out) {
+    constexpr int SETS = R * V <= 4 ? 2 : 1; // of sums: few would wait for themselves
     for (; d + V * L <= dim; d += V * L) {
-        vf total[R][V];
+        vf total[SETS][R][V] = {};
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < V; i++) total[r][i] = load<vf>(out + r * lk::MAX_HEAD_DIM + d + i * L) * shrink[r];
-        for (int64_t t = 0; t < tokens; t++) {
-            vf value[V];
-            for (int i = 0; i < V; i++) value[i] = some_of(v + t * v_stride + d + i * L);
-            for (int r = 0; r < R; r++)
-                for (int i = 0; i < V; i++) total[r][i] += value[i] * p[r * lk::KEY_TILE + t];
-        }
+            for (int i = 0; i < V; i++) total[0][r][i] = load<vf>(out + r * lk::MAX_HEAD_DIM + d + i * L) * shrink[r];
+        for (int64_t t = 0; t < tokens; t += SETS)
+            for (int set = 0; set < SETS; set++) {
+                if (t + set == tokens) break;
+                vf value[V];
+                for (int i = 0; i < V; i++) value[i] = some_of(v + (t + set) * v_stride + d + i * L);
+                for (int r = 0; r < R; r++)
+                    for (int i = 0; i < V; i++) total[set][r][i] += value[i] * p[r * lk::KEY_TILE + t + set];
+            }
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < V; i++) store(out + r * lk::MAX_HEAD_DIM + d + i * L, total[r][i]);
+            for (int i = 0; i < V; i++) {
+                if (SETS == 2) total[0][r][i] += total[1][r][i];
+                store(out + r * lk::MAX_HEAD_DIM + d + i * L, total[0][r][i]);
+            }
     }
     return d;
 }
@@ -544,6 +557,7 @@ INLINE void weigh(const float *p, const E *v, int64_t v_stride, int64_t tokens, 
                   float *out) {
     int64_t d = weigh_runs<R, V>(p, v, v_stride, tokens, 0, dim, shrink, out);
     if (V > 4) d = weigh_runs<R, 4>(p, v, v_stride, tokens, d, dim, shrink, out);
+    if (V > 2) d = weigh_runs<R, 2>(p, v, v_stride, tokens, d, dim, shrink, out);
     d = weigh_runs<R, 1>(p, v, v_stride, tokens, d, dim, shrink, out);
     for (; d < dim; d++)
         for (int r = 0; r < R; r++) {
@@ -686,7 +700,7 @@ void attend_many(const Attention &task, float *scratch) {
         const Tile tile = tile_at(task, begin, least(KEY_TILE, all_keys - begin));
         for (int64_t t = 0; t < tile.count; t++)
             to_float(task.cache_dtype, (const char *)task.k + tile.at[t] * size, values + t * dim, dim);
-        turned(values, tile.count, dim, keys);
+        turned(values, dim, tile.count, dim, keys, KEY_TILE);
         for (int64_t t = 0; t < tile.count; t++) {
             to_float(task.cache_dtype, (const char *)task.v + tile.at[t] * size, values + t * width, dim);
             for (int64_t d = dim; d < width; d++) values[t * width + d] = 0;
@@ -756,7 +770,7 @@ void attend(const Attention &task, float *scratch) {
 
 namespace lk {
 extern const Isa LK_ISA;
-const Isa LK_ISA = {NAME(LK_ISA), L, TILES, prepare, products, turn, swiglu, attend, to_float, from_float, argmax,
+const Isa LK_ISA = {NAME(LK_ISA), L, TILES, prepare, products, turn, swiglu, attend, to_float, from_float, layer_norm, biased,
                     LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
                     LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
                     LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward};

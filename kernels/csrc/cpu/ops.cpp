@@ -162,7 +162,7 @@ const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, i
     const bool coded = weight.format >= LK_WEIGHT_INT8;
     const int64_t group = weight.format == LK_WEIGHT_INT4 ? weight.group_size : lk::QUANTUM;
     panel.stride = lk::cdiv(weight.in_features, group) * group; // 128 is a multiple of what any vectors take
-    panel.groups = panel.stride / group;
+    panel.groups = panel.stride / group, panel.rows = rows;
     panel.layout = isa.tiles && half && weight.format == LK_WEIGHT_BFLOAT16 ? lk::IN_TILES
                    : !coded && rows >= lk::MANY_ROWS && rows >= isa.lanes     ? lk::SIDE_BY_SIDE
                                                                               : lk::BY_ROW;
@@ -223,7 +223,7 @@ lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream) {
     return guarded(handle, [&] {
         lk_cpu &cpu = *handle->cpu;
         const lk_weight &weight = args->weight;
-        const lk::Source source{args->dtype, args->x, lk_or(args->x_stride, weight.in_features), nullptr, 0,
+        const lk::Source source{args->dtype, args->x, lk_or(args->x_stride, weight.in_features), nullptr, nullptr, 0,
                                 args->dtype == LK_BFLOAT16};
         const lk::Panel &panel = lk::prepare(cpu, cpu.panel, weight, source, args->rows);
         const int64_t out_stride = lk_or(args->out_stride, weight.out_features), size = lk::size_of(args->dtype);

@@ -34,7 +34,7 @@ void project(lk_cpu &cpu, const lk_project_splice_args &args, const Rows &featur
     constexpr int64_t PART = 48;
     const int64_t size = size_of(args.dtype), each = (ROW_BLOCK + 1) * PART;
     const char *x = static_cast<const char *>(features.x) + start * features.stride * size;
-    const Panel &panel = prepare(cpu, cpu.panel, weight, {args.dtype, x, features.stride, nullptr, 0, args.dtype == LK_BFLOAT16}, patches);
+    const Panel &panel = prepare(cpu, cpu.panel, weight, {args.dtype, x, features.stride, nullptr, nullptr, 0, args.dtype == LK_BFLOAT16}, patches);
     float *scratch = cpu.scratch.at_least(each * cpu.pool->threads());
     share_product(cpu, patches, args.width, PART,
                   [&](int64_t row, int64_t rows, int64_t first, int64_t count, int thread) {

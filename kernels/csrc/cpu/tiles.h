@@ -55,15 +55,14 @@ void prepare_tiles(const lk_weight &weight, const lk::Source &source, int64_t fi
     for (int64_t row = first; row < last; row += SIDE) {
         const int64_t rows = least(SIDE, last - row);
         const char *x = (const char *)source.x + row * source.stride * size;
-        float factor[SIDE];
-        for (int64_t r = 0; source.norm && r < rows; r++)
-            factor[r] = inverse_norm(source.dtype, x + r * source.stride * size, width, source.eps);
+        Scaling scaling[SIDE];
+        for (int64_t r = 0; r < rows; r++) scaling[r] = scaling_of(source, x + r * source.stride * size, width);
         float part[SIDE][PIECE] = {};
         for (int64_t from = 0; from < width; from += PIECE) {
             const int64_t count = least(PIECE, width - from);
             for (int64_t r = 0; r < rows; r++) {
                 to_float(source.dtype, x + (r * source.stride + from) * size, part[r], count);
-                if (source.norm) scaled(part[r], factor[r], source.norm + from, part[r], count);
+                normalise(source, scaling[r], from, count, part[r]);
                 if (count < PIECE) memset(part[r] + count, 0, (size_t)(PIECE - count) * sizeof(float));
             }
             for (int64_t k = 0; k < PIECE; k += DEEP)
@@ -97,16 +96,23 @@ INLINE void copy_edge(const char *w, int64_t row, int64_t features, int64_t valu
     if (R > 3) _tile_loadd(7, (X) + 3 * block, 2 * DEEP); \
     if (R > 3) _tile_dpbf16ps(3, W, 7)
 
-// Up to SIDE features with R tiles of activations, which lie `block` apart, over all of K; out: (R, SIDE, SIDE). Every
-// weight is read once, whatever R.
+// Up to SIDE features with R tiles of activations, which lie `block` apart, over `width` values of K; out: (R, SIDE, SIDE),
+// which is added to where there is more. Every weight is read once, whatever R.
 template <int R>
 INLINE void multiply_tiles(const char *w, int64_t row, int64_t width, int64_t features, const uint16_t *x, int64_t block,
-                           float *out) {
+                           float *out, bool more) {
     constexpr int64_t SIZE = SIDE * SIDE, BYTES = 4 * SIDE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (more) {
+        _tile_loadd(0, out, BYTES);
+        if (R > 1) _tile_loadd(1, out + SIZE, BYTES);
+        if (R > 2) _tile_loadd(2, out + 2 * SIZE, BYTES);
+        if (R > 3) _tile_loadd(3, out + 3 * SIZE, BYTES);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     const int64_t whole = features < SIDE ? 0 : width / DEEP;
     int64_t i = 0;
     for (; i + 2 <= whole; i += 2, w += 4 * DEEP, x += 2 * SIDE * DEEP) {
@@ -150,7 +156,7 @@ void streams_of(const char *w, int64_t row, int64_t width, int64_t run, const ui
     for (int64_t first = 0; first < run; first += SIDE) {
         const int64_t some = least(SIDE, run - first);
         for (int64_t n = 0; n < some; n++)
-            multiply_tiles<R>(w + (first + n) * row, run * row, width, SIDE, x, block, found[n][0][0]);
+            multiply_tiles<R>(w + (first + n) * row, run * row, width, SIDE, x, block, found[n][0][0], false);
         for (int64_t i = 0; i < SIDE; i++)
             for (int r = 0; r < R; r++)
                 put_tile(found[0][r][i], R * SIDE * SIDE, out + i * run + first + r * SIDE * stride, stride,
@@ -158,30 +164,40 @@ void streams_of(const char *w, int64_t row, int64_t width, int64_t run, const ui
     }
 }
 
-// Fewer than SIDE features.
+// Neighbours side by side. Once their weights are near, as they are where so many activations meet them that it takes
+// several calls, a piece of K of these stays in the first cache while a group of features passes by.
 template <int R>
-void rest_of(const char *w, int64_t row, int64_t width, int64_t features, const uint16_t *x, int64_t block, int64_t rows,
-             float *out, int64_t stride, bool add) {
-    alignas(64) float found[R][SIDE][SIDE];
-    multiply_tiles<R>(w, row, width, features, x, block, found[0][0]);
-    for (int r = 0; r < R; r++)
-        put_tile(found[r][0], SIDE, out + r * SIDE * stride, stride, least(SIDE, rows - r * SIDE), features, add);
+void pieces_of(const char *w, int64_t row, int64_t width, int64_t count, const uint16_t *x, int64_t block, int64_t rows,
+               float *out, int64_t stride, bool add) {
+    constexpr int64_t PIECE = 256, GROUP = 8 * SIDE;
+    alignas(64) float found[GROUP / SIDE][R][SIDE][SIDE];
+    for (int64_t first = 0; first < count; first += GROUP) {
+        const int64_t end = least(first + GROUP, count);
+        for (int64_t k = 0; k < width; k += PIECE)
+            for (int64_t n = first; n < end; n += SIDE)
+                multiply_tiles<R>(w + n * row + 2 * k, row, least(PIECE, width - k), least(SIDE, end - n), x + k * SIDE,
+                                  block, found[(n - first) / SIDE][0][0], k > 0);
+        for (int64_t n = first; n < end; n += SIDE)
+            for (int r = 0; r < R; r++)
+                put_tile(found[(n - first) / SIDE][r][0], SIDE, out + n + r * SIDE * stride, stride,
+                         least(SIDE, rows - r * SIDE), least(SIDE, end - n), add);
+    }
 }
 
 void tile_products(const lk_weight &weight, const lk::Panel &panel, int64_t first_row, int64_t rows, int64_t first,
                    int64_t count, float *out, int64_t out_stride, bool add) {
     static_assert(lk::ROW_BLOCK == 4 * SIDE);
-    using Part = decltype(&rest_of<1>);
+    using Part = decltype(&pieces_of<1>);
     constexpr Part STREAMS[] = {streams_of<1>, streams_of<2>, streams_of<3>, streams_of<4>};
-    constexpr Part REST[] = {rest_of<1>, rest_of<2>, rest_of<3>, rest_of<4>};
+    constexpr Part PIECES[] = {pieces_of<1>, pieces_of<2>, pieces_of<3>, pieces_of<4>};
     const TileShapes shapes;
     _tile_loadconfig(&shapes);
     const int64_t width = weight.in_features, row = (weight.row_stride ? weight.row_stride : width) * 2;
-    const int64_t run = count / SIDE, done = run * SIDE, tiles = (rows - 1) / SIDE, block = SIDE * panel.stride;
+    const int64_t run = panel.rows > 2 * lk::ROW_BLOCK ? 0 : count / SIDE, done = run * SIDE, tiles = (rows - 1) / SIDE, block = SIDE * panel.stride;
     const char *w = (const char *)weight.data + first * row;
     const uint16_t *x = panel.halves + first_row * panel.stride;
     if (run) STREAMS[tiles](w, row, width, run, x, block, rows, out, out_stride, add);
-    if (done < count) REST[tiles](w + done * row, row, width, count - done, x, block, rows, out + done, out_stride, add);
+    if (done < count) PIECES[tiles](w + done * row, row, width, count - done, x, block, rows, out + done, out_stride, add);
     _tile_release();
 }
 #else
