@@ -9,6 +9,7 @@ namespace lk {
 
 constexpr int64_t QUANTUM = 128; // values of K that share a scale in an activation met by int8 weights
 constexpr int64_t ROW_BLOCK = 64; // rows of activations that a task multiplies at most
+constexpr int64_t TILE_ROWS = 5;  // from so many on codes of weights are worth making bfloat16 for tiles
 constexpr int64_t MANY_ROWS = 8;  // from so many on (and no fewer than lanes) float weights meet them side by side
 
 
@@ -31,7 +32,8 @@ struct Panel {
     };
     int16_t *codes; // quantised weights: value = scale * code, those of a group in the order of the weight's words
     float *scale;   // (rows, groups)
-    float *total;   // (rows, groups) sum of a group's values; for int8 the first is that of the whole row
+    float *total;   // (rows, groups) sum of a group's values; for int8 the first is that of the whole row;
+                    // IN_TILES: (rows / 16, groups, 16), for int4 alone
 };
 
 // What is made into a panel: rows of x, normalised first where `norm` is given.

@@ -163,14 +163,15 @@ const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, i
     const int64_t group = weight.format == LK_WEIGHT_INT4 ? weight.group_size : lk::QUANTUM;
     panel.stride = lk::cdiv(weight.in_features, group) * group; // 128 is a multiple of what any vectors take
     panel.groups = panel.stride / group, panel.rows = rows;
-    panel.layout = isa.tiles && half && weight.format == LK_WEIGHT_BFLOAT16 ? lk::IN_TILES
-                   : !coded && rows >= lk::MANY_ROWS && rows >= isa.lanes     ? lk::SIDE_BY_SIDE
-                                                                              : lk::BY_ROW;
+    const bool in_tiles = isa.tiles && half && (coded ? rows >= lk::TILE_ROWS : weight.format == LK_WEIGHT_BFLOAT16);
+    panel.layout = in_tiles                                               ? lk::IN_TILES
+                   : !coded && rows >= lk::MANY_ROWS && rows >= isa.lanes ? lk::SIDE_BY_SIDE
+                                                                          : lk::BY_ROW;
     panel.values = values.at_least(lk::cdiv(rows, 16) * 16 * panel.stride); // lanes are at most 16
     if (coded) {
         panel.codes = codes.at_least(rows * panel.stride);
         panel.scale = scale.at_least(rows * panel.groups);
-        panel.total = total.at_least(rows * panel.groups);
+        panel.total = total.at_least(lk::cdiv(rows, 16) * 16 * panel.groups);
     }
     return panel;
 }

@@ -1,6 +1,6 @@
-// bfloat16 weights that meet many activations, in the tiles of AMX: registers of 16 rows of 64 bytes. A tile of weights is
-// 16 features of 32 neighbours of K, read where it lies; one of activations has them transposed, in pairs (IN_TILES). Of
-// both comes a tile of 16 features by 16 activations, in float32.
+// Weights of 16 bits and fewer that meet activations of bfloat16, in the tiles of AMX: registers of 16 rows of 64 bytes. A
+// tile of weights is 16 features of 32 neighbours of K, read where it lies; one of activations has them transposed, in pairs
+// (IN_TILES). Of both comes a tile of 16 features by 16 activations, in float32.
 #pragma once
 
 #include "activations.h"
@@ -49,23 +49,37 @@ INLINE void pair(const float *x, int64_t stride, uint16_t *out) {
     for (int64_t i = 0; i < SIDE; i++) store(out + i * DEEP, words[i]);
 }
 
+// The sum of so many values as they are once rounded.
+INLINE float rounded_sum(const float *x, int64_t count) {
+    vf total = {};
+    for (int64_t i = 0; i < count; i += L) {
+        const __m256bh rounded = _mm512_cvtneps_pbh((__m512)load<vf>(x + i));
+        total += load_bf16((const uint16_t *)&rounded);
+    }
+    return sum(total);
+}
+
 void prepare_tiles(const lk_weight &weight, const lk::Source &source, int64_t first, int64_t last, const lk::Panel &panel) {
-    constexpr int64_t PIECE = 128; // of K: what panels are padded to
-    const int64_t width = weight.in_features, size = source.dtype == LK_FLOAT32 ? 4 : 2;
+    constexpr int64_t PIECE = 128; // of K; panels end with a half or a whole one
+    const int64_t width = weight.in_features, size = source.dtype == LK_FLOAT32 ? 4 : 2, group = panel.stride / panel.groups;
     for (int64_t row = first; row < last; row += SIDE) {
         const int64_t rows = least(SIDE, last - row);
         const char *x = (const char *)source.x + row * source.stride * size;
+        float *total = panel.total + row * panel.groups;
         Scaling scaling[SIDE];
         for (int64_t r = 0; r < rows; r++) scaling[r] = scaling_of(source, x + r * source.stride * size, width);
+        if (weight.format == LK_WEIGHT_INT4) memset(total, 0, (size_t)(panel.groups * SIDE) * sizeof(float));
         float part[SIDE][PIECE] = {};
-        for (int64_t from = 0; from < width; from += PIECE) {
-            const int64_t count = least(PIECE, width - from);
+        for (int64_t from = 0; from < panel.stride; from += PIECE) {
+            const int64_t count = from < width ? least(PIECE, width - from) : 0, end = least(PIECE, panel.stride - from);
             for (int64_t r = 0; r < rows; r++) {
                 to_float(source.dtype, x + (r * source.stride + from) * size, part[r], count);
                 normalise(source, scaling[r], from, count, part[r]);
                 if (count < PIECE) memset(part[r] + count, 0, (size_t)(PIECE - count) * sizeof(float));
+                for (int64_t k = 0; weight.format == LK_WEIGHT_INT4 && k < end; k += 64)
+                    total[(from + k) / group * SIDE + r] += rounded_sum(part[r] + k, 64);
             }
-            for (int64_t k = 0; k < PIECE; k += DEEP)
+            for (int64_t k = 0; k < end; k += DEEP)
                 pair(&part[0][k], PIECE, panel.halves + row * panel.stride + (from + k) * SIDE);
         }
     }
@@ -184,20 +198,109 @@ void pieces_of(const char *w, int64_t row, int64_t width, int64_t count, const u
     }
 }
 
+// ---- weights of 8 and 4 bits, as integers that bfloat16 holds exactly; scales come afterwards
+
+// Sixteen words of 16 bits hold 16 codes in each of their planes, `plane` values of K apart.
+template <int BITS>
+INLINE void decode(const uint8_t *w, int64_t count, int64_t plane, uint16_t *out) {
+    if constexpr (BITS == 4) {
+        alignas(32) static const uint16_t VALUE[16] = {0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100,
+                                                       0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+        const __m256i values = load<__m256i>(VALUE);
+        for (int64_t from = 0; from < count; from += 4 * plane, w += 2 * plane)
+            for (int64_t j = 0; j < plane; j += 16) {
+                const __m256i words = load<__m256i>(w + 2 * j);
+                for (int p = 0; p < 4; p++) // of the index the lowest four bits count
+                    store(out + from + p * plane + j, _mm256_permutexvar_epi16(_mm256_srli_epi16(words, 4 * p), values));
+            }
+    } else {
+        for (int64_t from = 0; from < count; from += 2 * plane, w += 2 * plane)
+            for (int64_t j = 0; j < plane; j += 16) {
+                const vi words = __builtin_convertvector(load<vh>(w + 2 * j), vi);
+                for (int p = 0; p < 2; p++) {
+                    const vu value = (vu)__builtin_convertvector((words >> 8 * p & 255) - 128, vf);
+                    store(out + from + p * plane + j, __builtin_convertvector(value >> 16, vh)); // nothing is rounded
+                }
+            }
+    }
+}
+
+// Up to SIDE features, `apart` from each other, with R tiles of activations, over all of K.
+template <int BITS, int R>
+void multiply_coded(const lk_weight &weight, int64_t first, int64_t apart, int64_t features, const lk::Panel &panel,
+                    int64_t row, float (*sum)[SIDE][SIDE]) {
+    constexpr int64_t MOST = 256;
+    const int64_t group = panel.stride / panel.groups, bytes = panel.stride * BITS / 8, plane = group * BITS / 16;
+    const int64_t step = BITS == 4 ? group : MOST, block = SIDE * panel.stride;
+    const uint8_t *w = (const uint8_t *)weight.data + first * bytes;
+    const uint16_t *x = panel.halves + row * panel.stride;
+    alignas(64) uint16_t codes[SIDE][MOST] = {};
+    alignas(64) float part[R][SIDE][SIDE];
+    for (int64_t k = 0; k < panel.stride; k += step) {
+        const int64_t count = least(step, panel.stride - k);
+        for (int64_t i = 0; i < features; i++) decode<BITS>(w + i * apart * bytes + k * BITS / 8, count, plane, codes[i]);
+        multiply_tiles<R>((const char *)codes, 2 * MOST, count, SIDE, x + k * SIDE, block,
+                          BITS == 4 ? part[0][0] : sum[0][0], BITS == 8 && k > 0);
+        for (int64_t i = 0; BITS == 4 && i < features; i++) {
+            const int64_t at = k / group * weight.out_features + first + i * apart;
+            const float scale = from_bf16(((const uint16_t *)weight.group_scale)[at]);
+            const float offset = from_bf16(((const uint16_t *)weight.group_offset)[at]);
+            for (int r = 0; r < R; r++) {
+                const float *total = panel.total + (row + r * SIDE) * panel.groups + k / group * SIDE;
+                const vf one = load<vf>(part[r][i]) * scale + load<vf>(total) * offset;
+                store(sum[r][i], k ? load<vf>(sum[r][i]) + one : one);
+            }
+        }
+    }
+    for (int64_t i = 0; i < features; i++)
+        for (int r = 0; r < R; r++) store(sum[r][i], load<vf>(sum[r][i]) * weight.scale[first + i * apart]);
+}
+
+template <int BITS, int R>
+void coded_streams(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
+                   float *out, int64_t stride, bool add) {
+    alignas(64) float found[SIDE][R][SIDE][SIDE]; // as in streams_of
+    const int64_t run = count / SIDE;
+    for (int64_t begin = 0; begin < run; begin += SIDE) {
+        const int64_t some = least(SIDE, run - begin);
+        for (int64_t n = 0; n < some; n++)
+            multiply_coded<BITS, R>(weight, first + begin + n, run, SIDE, panel, row, found[n]);
+        for (int64_t i = 0; i < SIDE; i++)
+            for (int r = 0; r < R; r++)
+                put_tile(found[0][r][i], R * SIDE * SIDE, out + i * run + begin + r * SIDE * stride, stride,
+                         least(SIDE, rows - r * SIDE), some, add);
+    }
+    const int64_t done = run * SIDE;
+    if (done == count) return;
+    multiply_coded<BITS, R>(weight, first + done, 1, count - done, panel, row, found[0]);
+    for (int r = 0; r < R; r++)
+        put_tile(found[0][r][0], SIDE, out + done + r * SIDE * stride, stride, least(SIDE, rows - r * SIDE), count - done, add);
+}
+
+// ---- all formats
+
+template <int R>
+void tiles_of(const lk_weight &weight, const lk::Panel &panel, int64_t first_row, int64_t rows, int64_t first, int64_t count,
+              float *out, int64_t stride, bool add) {
+    if (weight.format == LK_WEIGHT_INT8)
+        return coded_streams<8, R>(weight, panel, first_row, rows, first, count, out, stride, add);
+    if (weight.format == LK_WEIGHT_INT4)
+        return coded_streams<4, R>(weight, panel, first_row, rows, first, count, out, stride, add);
+    const int64_t width = weight.in_features, row = (weight.row_stride ? weight.row_stride : width) * 2;
+    const int64_t run = panel.rows > 2 * lk::ROW_BLOCK ? 0 : count / SIDE, done = run * SIDE, block = SIDE * panel.stride;
+    const char *w = (const char *)weight.data + first * row;
+    const uint16_t *x = panel.halves + first_row * panel.stride;
+    if (run) streams_of<R>(w, row, width, run, x, block, rows, out, stride, add);
+    if (done < count) pieces_of<R>(w + done * row, row, width, count - done, x, block, rows, out + done, stride, add);
+}
+
 void tile_products(const lk_weight &weight, const lk::Panel &panel, int64_t first_row, int64_t rows, int64_t first,
                    int64_t count, float *out, int64_t out_stride, bool add) {
     static_assert(lk::ROW_BLOCK == 4 * SIDE);
-    using Part = decltype(&pieces_of<1>);
-    constexpr Part STREAMS[] = {streams_of<1>, streams_of<2>, streams_of<3>, streams_of<4>};
-    constexpr Part PIECES[] = {pieces_of<1>, pieces_of<2>, pieces_of<3>, pieces_of<4>};
+    constexpr decltype(&tiles_of<1>) OF[] = {tiles_of<1>, tiles_of<2>, tiles_of<3>, tiles_of<4>};
     const TileShapes shapes;
     _tile_loadconfig(&shapes);
-    const int64_t width = weight.in_features, row = (weight.row_stride ? weight.row_stride : width) * 2;
-    const int64_t run = panel.rows > 2 * lk::ROW_BLOCK ? 0 : count / SIDE, done = run * SIDE, tiles = (rows - 1) / SIDE, block = SIDE * panel.stride;
-    const char *w = (const char *)weight.data + first * row;
-    const uint16_t *x = panel.halves + first_row * panel.stride;
-    if (run) STREAMS[tiles](w, row, width, run, x, block, rows, out, out_stride, add);
-    if (done < count) PIECES[tiles](w + done * row, row, width, count - done, x, block, rows, out + done, out_stride, add);
+    OF[(rows - 1) / SIDE](weight, panel, first_row, rows, first, count, out, out_stride, add);
     _tile_release();
 }
 #else
