@@ -178,8 +178,7 @@ def run(
                 engine.generate([before])
 
         work = (lambda: pair.generate(requests)) if impl == "transformers" else lambda: engine.generate(requests)
-        warmups = 0 if len(requests) > 1 and pair.name != "tiny" else 1
-        benchmark.pedantic(work, setup=forget, rounds=rounds, warmup_rounds=warmups)
+        benchmark.pedantic(work, setup=forget, rounds=rounds, warmup_rounds=1)
     if benchmark.stats is None:
         return
     tokens = sum(request.sampling.max_tokens for request in requests)

@@ -268,7 +268,7 @@ def _misfit(model: Llava, config: EngineConfig) -> str | None:
 
 
 def _tower(model: Llava, decoder: NativeDecoder | HostDecoder | None) -> Callable[[Tensor], Tensor]:
-    """(N, 3, H, W) -> features: the vision tower through the C library beside its decoder, or the model's own modules."""
+    """(N, 3, H, W) -> features: the tower through the C library beside its decoder, or the model's own modules."""
     if isinstance(decoder, NativeDecoder) and NativeTower.misfit(model, decoder.handle) is None:
         return NativeTower(model, decoder.handle)
     return model.image_features
