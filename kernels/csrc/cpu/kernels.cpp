@@ -26,16 +26,19 @@ void part_pairs(float *x, int64_t count) {
     }
 }
 
-// A group of values as integers of 16 bits, in the order in which the weight's words have their codes: what meets 16
-// words, `planes` runs of 16 neighbours, lies together.
+// Words of a weight of 8 or 4 bits that are looked at together: as many as a vector has, if its planes are so long.
+constexpr int64_t words_of(int64_t plane) { return L == 16 && plane % 32 == 0 ? 32 : 16; }
+
+// A group of values as integers of 16 bits, in the order in which the weight's words have their codes: what meets some
+// words, `planes` runs of neighbours, lies together.
 void encode(const float *x, int64_t count, int64_t planes, int16_t *codes, float *scale, float *total) {
     vf most = {}, added = {};
     for (int64_t i = 0; i < count; i += L) most = larger(most, magnitude(load<vf>(x + i)));
     const float size = largest(most), inverse = size > 0 ? 32767.f / size : 0;
-    const int64_t plane = count / planes;
-    for (int64_t j = 0; j < plane; j += 16)
-        for (int64_t p = 0; p < planes; p++, codes += 16)
-            for (int64_t i = 0; i < 16; i += L) {
+    const int64_t plane = count / planes, words = words_of(plane);
+    for (int64_t j = 0; j < plane; j += words)
+        for (int64_t p = 0; p < planes; p++, codes += words)
+            for (int64_t i = 0; i < words; i += L) {
                 const vf whole = nearest(load<vf>(x + p * plane + j + i) * inverse);
                 added += whole; // integers, small enough to be exact
                 store(codes + i, __builtin_convertvector(__builtin_convertvector(whole, vi), vs));
@@ -341,26 +344,48 @@ void read_scales(const lk_weight &weight, const Panel &panel, int64_t row, int64
     }
 }
 
-// M rows of x and N of the weight, over some groups of K. Sixteen words of 16 bits hold 16 codes in each of their planes,
-// which meet 16 neighbours of x.
-template <int BITS, int M, int N>
+template <int WORDS>
+struct Wide {
+    using Words = h16;
+    using Sums = i8;
+    using Floats = f8;
+    static INLINE f8 halved(f8 x) { return x; }
+};
+#if LK_LANES == 16
+template <>
+struct Wide<32> {
+    using Words = h32;
+    using Sums = i16;
+    using Floats = vf;
+    static INLINE f8 halved(vf x) {
+        return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
+};
+#endif
+
+// M rows of x and N of the weight, over some groups of K. Words of 16 bits hold as many codes in each of their planes, which
+// meet as many neighbours of x.
+template <int BITS, int WORDS, int M, int N>
 void coded_tile(const lk_weight &weight, int64_t n, int64_t apart, const Panel &panel, int64_t row, int64_t group,
                 int64_t groups, const Scales *scales, const float *base, int64_t in_part, float *out, int64_t out_stride,
                 bool add) {
-    constexpr int PLANES = 16 / BITS, CODES = 16 * PLANES;
+    using Words = typename Wide<WORDS>::Words;
+    using Sums = typename Wide<WORDS>::Sums;
+    using Floats = typename Wide<WORDS>::Floats;
+    constexpr int PLANES = 16 / BITS, CODES = WORDS * PLANES;
     const int64_t size = panel.stride / panel.groups, bytes = panel.stride * BITS / 8;
     const uint8_t *w = (const uint8_t *)weight.data + n * bytes + group * size * BITS / 8;
     const int64_t next = apart * bytes;
     const int16_t *x = panel.codes + row * panel.stride + group * size;
-    f8 real[M][N] = {};
+    Floats real[M][N] = {};
     for (int64_t g = 0; g < groups; g++) {
         const int64_t at = row * panel.groups + group + g;
-        i8 total[M][N] = {};
-        for (int64_t k = 0; k < size; k += CODES, w += 32, x += CODES) {
-            h16 words[N], codes[N];
+        Sums total[M][N] = {};
+        for (int64_t k = 0; k < size; k += CODES, w += 2 * WORDS, x += CODES) {
+            Words words[N], codes[N];
             for (int i = 0; i < N; i++) {
-                words[i] = load<h16>(w + i * next);
-                if (BITS == 4 && k % (2 * CODES) == 0) __builtin_prefetch(w + i * next + 1024); // into the first cache
+                words[i] = load<Words>(w + i * next);
+                if (BITS == 4 && (WORDS == 32 || k % (2 * CODES) == 0)) __builtin_prefetch(w + i * next + 1024); // into the first cache
             }
             for (int p = 0; p < PLANES; p++) {
                 for (int i = 0; i < N; i++) {
@@ -368,7 +393,7 @@ void coded_tile(const lk_weight &weight, int64_t n, int64_t apart, const Panel &
                     if (p < PLANES - 1) codes[i] &= (uint16_t)((1 << BITS) - 1);
                 }
                 for (int m = 0; m < M; m++) {
-                    const h16 own = load<h16>(x + m * panel.stride + 16 * p);
+                    const Words own = load<Words>(x + m * panel.stride + WORDS * p);
                     for (int i = 0; i < N; i++) total[m][i] = multiply_add(total[m][i], codes[i], own);
                 }
             }
@@ -376,16 +401,17 @@ void coded_tile(const lk_weight &weight, int64_t n, int64_t apart, const Panel &
         for (int m = 0; m < M; m++) {
             const float own = panel.scale[at + m * panel.groups];
             for (int i = 0; i < N; i++) {
-                const f8 scaled = __builtin_convertvector(total[m][i], f8) * own;
+                const Floats scaled = __builtin_convertvector(total[m][i], Floats) * own;
                 real[m][i] += BITS == 4 ? scaled * scales->scale[g][in_part + i * apart] : scaled;
             }
         }
     }
     for (int m = 0; m < M; m++) {
         f4 four[4] = {};
-        for (int i = 0; i < N; i++)
-            four[i] = __builtin_shufflevector(real[m][i], real[m][i], 0, 1, 2, 3) +
-                      __builtin_shufflevector(real[m][i], real[m][i], 4, 5, 6, 7);
+        for (int i = 0; i < N; i++) {
+            const f8 eight = Wide<WORDS>::halved(real[m][i]);
+            four[i] = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+        }
         f4 found = sums(four[0], four[1], four[2], four[3]);
         for (int i = 0; BITS == 4 && i < N; i++) found[i] += base[m * PART + in_part + i * apart];
         if (BITS == 8 && !group) found -= 128 * panel.total[(row + m) * panel.groups]; // codes are 128 too large
@@ -397,7 +423,7 @@ void coded_tile(const lk_weight &weight, int64_t n, int64_t apart, const Panel &
     }
 }
 
-template <int BITS>
+template <int BITS, int WORDS>
 void coded_products(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
                     float *out, int64_t stride, bool add) {
     Scales scales;
@@ -414,13 +440,13 @@ void coded_products(const lk_weight &weight, const Panel &panel, int64_t row, in
             const int64_t wide = rows == 1 ? 4 : 2, run = features / wide; // runs as in few_rows
             for (int64_t n = 0; n < run; n++) {
                 int64_t m = 0;
-                for (; m + 4 <= rows; m += 4) multiply(coded_tile<BITS, 4, 2>, m, n, run);
-                for (; m + 2 <= rows; m += 2) multiply(coded_tile<BITS, 2, 2>, m, n, run);
-                if (m < rows && wide == 4) multiply(coded_tile<BITS, 1, 4>, m, n, run);
-                if (m < rows && wide == 2) multiply(coded_tile<BITS, 1, 2>, m, n, run);
+                for (; m + 4 <= rows; m += 4) multiply(coded_tile<BITS, WORDS, 4, 2>, m, n, run);
+                for (; m + 2 <= rows; m += 2) multiply(coded_tile<BITS, WORDS, 2, 2>, m, n, run);
+                if (m < rows && wide == 4) multiply(coded_tile<BITS, WORDS, 1, 4>, m, n, run);
+                if (m < rows && wide == 2) multiply(coded_tile<BITS, WORDS, 1, 2>, m, n, run);
             }
             for (int64_t n = wide * run; n < features; n++)
-                for (int64_t m = 0; m < rows; m++) multiply(coded_tile<BITS, 1, 1>, m, n, 1);
+                for (int64_t m = 0; m < rows; m++) multiply(coded_tile<BITS, WORDS, 1, 1>, m, n, 1);
         }
 }
 
@@ -435,8 +461,12 @@ void products(const lk_weight &weight, const Panel &panel, int64_t first_row, in
         return (wide ? many_rows<Float32> : few_rows<Float32>)(weight, x, panel.stride, rows, first, count, out, out_stride, add);
     case LK_WEIGHT_BFLOAT16:
         return (wide ? many_rows<Bfloat16> : few_rows<Bfloat16>)(weight, x, panel.stride, rows, first, count, out, out_stride, add);
-    case LK_WEIGHT_INT8: return coded_products<8>(weight, panel, first_row, rows, first, count, out, out_stride, add);
-    case LK_WEIGHT_INT4: return coded_products<4>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+    case LK_WEIGHT_INT8:
+        return coded_products<8, words_of(lk::QUANTUM / 2)>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+    case LK_WEIGHT_INT4:
+        if (words_of(weight.group_size / 4) == 16)
+            return coded_products<4, 16>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+        return coded_products<4, words_of(32)>(weight, panel, first_row, rows, first, count, out, out_stride, add);
     }
 }
 

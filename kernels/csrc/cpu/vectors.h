@@ -30,6 +30,10 @@ typedef float f4 __attribute__((vector_size(16)));
 typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
 typedef uint16_t h16 __attribute__((vector_size(32))); // sixteen 16-bit lanes of a quantised weight
+#if LK_LANES == 16
+typedef int32_t i16 __attribute__((vector_size(64)));
+typedef uint16_t h32 __attribute__((vector_size(64)));
+#endif
 
 template <class V>
 INLINE V load(const void *from) {
@@ -178,5 +182,15 @@ INLINE i8 multiply_add(i8 total, h16 a, h16 b) {
     return total;
 #endif
 }
+
+#if LK_LANES == 16
+INLINE i16 multiply_add(i16 total, h32 a, h32 b) {
+#if defined(__AVX512VNNI__)
+    return (i16)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#else
+    return total + (i16)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#endif
+}
+#endif
 
 } // namespace
