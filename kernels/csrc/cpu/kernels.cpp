@@ -317,29 +317,31 @@ void many_rows(const lk_weight &weight, const float *x, int64_t stride, int64_t 
 // ---- products with weights of 8 and 4 bits, whose layout is that of quantized_linear.py; integers throughout a group
 
 // What a part of the features of a 4-bit weight and of its groups needs besides the codes.
-constexpr int64_t PART = 48, GROUPS = 96;
+constexpr int64_t PART = 48, GROUPS = 96, WIDEST = 8 * PART;
 struct Scales {
-    float scale[GROUPS][PART];
-    float base[lk::ROW_BLOCK][PART]; // for each row of x: what the offsets come to
+    int64_t part;                       // features: PART, or more where there are few groups and few rows of x
+    float scale[GROUPS * PART];         // (groups, part)
+    float base[lk::ROW_BLOCK * PART];   // (rows, part): what the offsets come to
 };
 
 void read_scales(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t n, int64_t count,
                  int64_t group, int64_t groups, Scales &scales) {
     const uint16_t *scale = (const uint16_t *)weight.group_scale, *offset = (const uint16_t *)weight.group_offset;
-    float offsets[PART] = {};
-    memset(scales.base, 0, (size_t)rows * sizeof scales.base[0]);
+    const int64_t part = scales.part;
+    float offsets[WIDEST] = {};
+    memset(scales.base, 0, (size_t)(rows * part) * sizeof(float));
     for (int64_t g = 0; g < groups; g++) {
         const int64_t at = (group + g) * weight.out_features + n;
-        to_float(LK_BFLOAT16, scale + at, scales.scale[g], count);
+        to_float(LK_BFLOAT16, scale + at, scales.scale + g * part, count);
         to_float(LK_BFLOAT16, offset + at, offsets, count);
-        for (int64_t ahead = PART; ahead < 2 * PART; ahead += 32) { // the next part's, which lie nowhere near each other
+        for (int64_t ahead = part; ahead < 2 * part; ahead += 32) { // the next part's, which lie nowhere near each other
             __builtin_prefetch(scale + at + ahead);
             __builtin_prefetch(offset + at + ahead);
         }
         for (int64_t m = 0; m < rows; m++) {
             const float own = panel.total[(row + m) * panel.groups + group + g];
-            float *base = scales.base[m];
-            for (int64_t i = 0; i < PART; i += L) store(base + i, load<vf>(base + i) + load<vf>(offsets + i) * own);
+            float *base = scales.base + m * part;
+            for (int64_t i = 0; i < part; i += L) store(base + i, load<vf>(base + i) + load<vf>(offsets + i) * own);
         }
     }
 }
@@ -402,7 +404,7 @@ void coded_tile(const lk_weight &weight, int64_t n, int64_t apart, const Panel &
             const float own = panel.scale[at + m * panel.groups];
             for (int i = 0; i < N; i++) {
                 const Floats scaled = __builtin_convertvector(total[m][i], Floats) * own;
-                real[m][i] += BITS == 4 ? scaled * scales->scale[g][in_part + i * apart] : scaled;
+                real[m][i] += BITS == 4 ? scaled * scales->scale[g * scales->part + in_part + i * apart] : scaled;
             }
         }
     }
@@ -413,7 +415,7 @@ void coded_tile(const lk_weight &weight, int64_t n, int64_t apart, const Panel &
             four[i] = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
         }
         f4 found = sums(four[0], four[1], four[2], four[3]);
-        for (int i = 0; BITS == 4 && i < N; i++) found[i] += base[m * PART + in_part + i * apart];
+        for (int i = 0; BITS == 4 && i < N; i++) found[i] += base[m * scales->part + in_part + i * apart];
         if (BITS == 8 && !group) found -= 128 * panel.total[(row + m) * panel.groups]; // codes are 128 too large
         for (int i = 0; i < N; i++) {
             const float one = found[i] * weight.scale[n + i * apart];
@@ -427,14 +429,17 @@ template <int BITS, int WORDS>
 void coded_products(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
                     float *out, int64_t stride, bool add) {
     Scales scales;
-    const int64_t most = BITS == 4 ? GROUPS : panel.groups, unit = BITS == 4 ? PART : count;
+    const int64_t most = BITS == 4 ? GROUPS : panel.groups;
+    // Runs of a part's rows are what the processor sees ahead in: short rows want many.
+    const int64_t times = least(8, least(GROUPS / least(GROUPS, panel.groups), lk::ROW_BLOCK / rows));
+    const int64_t unit = scales.part = BITS == 4 ? PART * times : count;
     for (int64_t part = 0; part < count; part += unit)
         for (int64_t group = 0; group < panel.groups; group += most) {
             const int64_t features = least(unit, count - part), groups = least(most, panel.groups - group);
             const bool more = add || group;
             if (BITS == 4) read_scales(weight, panel, row, rows, first + part, features, group, groups, scales);
             auto multiply = [&](auto tile, int64_t m, int64_t n, int64_t apart) {
-                tile(weight, first + part + n, apart, panel, row + m, group, groups, &scales, scales.base[m], n,
+                tile(weight, first + part + n, apart, panel, row + m, group, groups, &scales, scales.base + m * scales.part, n,
                      out + m * stride + part + n, stride, more);
             };
             const int64_t wide = rows == 1 ? 4 : 2, run = features / wide; // runs as in few_rows
