@@ -144,7 +144,8 @@ LK_API lk_status lk_paged_attention(lk_handle *handle, const lk_paged_attention_
 
 /* ---- On the CPU only: lk_create with LK_CPU. Weights are read where they lie and are not copied. */
 
-/* Threads that a call may use, the caller's among them; 1 to begin with. They sleep when no call comes for 60 us. */
+/* Threads that a call may use, the caller's among them; 1 to begin with. They sleep when no call comes for
+ * 60 us, or for 500 us where the call before came as soon. */
 LK_API lk_status lk_set_threads(lk_handle *handle, int threads);
 /* "portable", "avx2", "avx512", "avx512vnni", "amx" or "neon": LK_UNSUPPORTED where the processor or the build lacks it. To
  * begin with, and with NULL, the best there is. */

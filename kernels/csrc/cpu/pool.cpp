@@ -8,7 +8,10 @@ namespace lk {
 
 namespace {
 
-constexpr auto WATCH = std::chrono::microseconds(60); // how long a thread looks out before it sleeps
+// How long a thread looks out before it sleeps, and a helper whose last calls came one upon another: waking it takes as
+// long as a small step. The longer it looks, the rather it gives way to others that want its core.
+using Clock = std::chrono::steady_clock;
+constexpr Clock::duration WATCH = std::chrono::microseconds(60), LONG_WATCH = std::chrono::microseconds(500);
 
 void pause() {
 #if defined(__x86_64__)
@@ -18,16 +21,17 @@ void pause() {
 #endif
 }
 
-// Whether `happened` became true within WATCH.
+// Whether `happened` became true in so long.
 template <class F>
-bool watch(F happened) {
-    const auto until = std::chrono::steady_clock::now() + WATCH;
-    do
+bool watch(F happened, Clock::duration time) {
+    const auto begin = Clock::now();
+    for (auto now = begin; now < begin + time; now = Clock::now()) {
         for (int i = 0; i < 32; i++) {
             if (happened()) return true;
             pause();
         }
-    while (std::chrono::steady_clock::now() < until);
+        if (now > begin + WATCH) std::this_thread::yield();
+    }
     return happened();
 }
 
@@ -64,7 +68,7 @@ void Pool::run(int64_t count, Task work, void *with) {
 
     for (uint64_t seen = ticket.load(); (uint32_t)seen; seen = ticket.load()) take(seen, 0);
     auto done = [this] { return left.load(std::memory_order_acquire) == 0; };
-    if (watch(done)) return;
+    if (watch(done, WATCH)) return;
     for (uint32_t some; (some = left.load(std::memory_order_acquire));) left.wait(some, std::memory_order_acquire);
 }
 
@@ -79,16 +83,19 @@ bool Pool::take(uint64_t seen, int thread) {
 }
 
 void Pool::help(int thread) {
+    Clock::duration patience = WATCH;
     while (true) {
         const uint32_t call = calls.load();
         for (uint64_t seen = ticket.load(std::memory_order_acquire); (uint32_t)seen; seen = ticket.load(std::memory_order_acquire))
             take(seen, thread);
         if (closing.load()) return;
         auto called = [this, call] { return calls.load(std::memory_order_relaxed) != call; };
-        if (watch(called)) continue; // jobs, and short calls, follow one another closely
+        const auto begin = Clock::now();
+        if (watch(called, patience)) continue; // jobs, and short calls, follow one another closely
         asleep.fetch_add(1);
         calls.wait(call); // returns at once where the call has come meanwhile
         asleep.fetch_sub(1);
+        patience = Clock::now() - begin < LONG_WATCH ? LONG_WATCH : WATCH;
     }
 }
 
