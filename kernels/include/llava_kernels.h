@@ -186,7 +186,7 @@ typedef struct lk_linear_args {
 LK_API lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream stream);
 
 /* A LLaMA decoder whose layers run in one call: norm, QKV, rope, cache; attention; output and residual; norm, gate, up,
- * SwiGLU; down and residual. Inside everything is float32. */
+ * SwiGLU; down and residual. Between products everything is float32. */
 typedef struct lk_layer {
     const void *attention_norm; /* (width,) of lk_decoder_args.dtype */
     lk_weight qkv;              /* ((heads + 2 kv_heads) * head_dim, width) */
@@ -231,7 +231,7 @@ LK_API lk_status lk_decoder_step(lk_decoder *decoder, const lk_step_args *args);
 LK_API lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float *hidden, float *logits);
 
 /* A CLIP vision tower in one call: patches, class token and positions, LayerNorm; then layers of LayerNorm, QKV, attention,
- * output and residual; LayerNorm, fc1, quick GELU, fc2 and residual. Inside everything is float32. */
+ * output and residual; LayerNorm, fc1, quick GELU, fc2 and residual. Between products everything is float32. */
 typedef struct lk_vision_layer {
     const void *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias; /* (width,) of lk_vision_args.dtype */
     lk_weight qkv, out, fc1, fc2;                                      /* (3 width, width), (width, width), ... */

@@ -69,6 +69,17 @@ def test_linear_in_bfloat16():
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4 128"])
+def test_tiles_give_a_row_the_same_whatever_comes_with_it(kind):
+    """In AMX's tiles a sum is added up in one order; 8 and 4 bits meet them from five rows on."""
+    lk, generator = handle("amx", 2), torch.Generator().manual_seed(1)
+    weight, _values, _kept = described(kind, torch.randn(100, 600, generator=generator))
+    x = torch.randn(200, 600, generator=generator).bfloat16()
+    together = lk.linear(x, weight)
+    for rows in (1, 5, 40, 64, 130) if kind == "bfloat16" else (5, 40, 64, 130):
+        assert torch.equal(lk.linear(x[-rows:], weight), together[-rows:])
+
+
 def test_what_cannot_be_is_refused():
     lk = library.Handle(1)
     with pytest.raises(library.LibraryError, match='instructions "vax"'):
