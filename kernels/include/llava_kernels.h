@@ -161,7 +161,8 @@ typedef enum lk_weight_format {
 
 /* A matrix (out_features, in_features). The codes of 8 and 4 bits lie as quantized_linear.py says, in_features rounded
  * up to a multiple of 128 or of group_size. Activations that meet them are rounded to 16 bits a group of values; with "amx",
- * where the dtype of the call is bfloat16, to bfloat16 for those of 16 bits and, from five rows on, for all. */
+ * where the dtype of the call is bfloat16, to bfloat16 for those of 16 bits and, from five rows on, for all; what becomes
+ * of a row does not depend there on the others. */
 typedef struct lk_weight {
     lk_weight_format format;
     int64_t out_features, in_features;
