@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 import warnings
 import weakref
@@ -125,6 +126,15 @@ def alive(*kinds: type) -> int:
     return sum(type(o) in kinds for o in gc.get_objects())
 
 
+def fewest_alive(*kinds: type) -> int:
+    """Once the engine's thread has let go of the step whose answer is already out: it may still be on its way."""
+    fewest, until = alive(*kinds), time.monotonic() + 1
+    while fewest and time.monotonic() < until:
+        time.sleep(0.02)
+        fewest = min(fewest, alive(*kinds))
+    return fewest
+
+
 def test_a_thousand_opened_and_cancelled_leave_nothing(pair):
     with pair.engine(background=True) as engine:
         image, rng = picture(np.random.default_rng(3)), np.random.default_rng(4)
@@ -140,12 +150,12 @@ def test_a_thousand_opened_and_cancelled_leave_nothing(pair):
             assert engine.generate([ask()])[0].error is None  # by now everything before has been taken in
 
         cycles(100)
-        objects = alive(Handle, Job, Sequence)
+        objects = fewest_alive(Handle, Job, Sequence)
         tracemalloc.start()
         try:
             before = tracemalloc.get_traced_memory()[0]
             cycles(1000)
-            assert alive(Handle, Job, Sequence) == objects
+            assert fewest_alive(Handle, Job, Sequence) <= objects
             assert tracemalloc.get_traced_memory()[0] - before < 200_000  # 200 bytes a request
         finally:
             tracemalloc.stop()
