@@ -41,11 +41,11 @@ def chosen() -> str:
 def implementation(choice: str) -> Iterator[None]:
     """Within the block, every op runs by ``choice``: "auto", "reference" (for debugging), "triton" or "native".
 
-    "auto" and "native" decode on CPUs through the C library (:mod:`llava_kernels.library`) where it was built, and
-    train with its norms, rotation, SwiGLU and attention (:mod:`llava_kernels.native_training`); so does project_splice
-    without gradients (:mod:`llava_kernels.native`). "native" takes it for linear_int8, linear_int4 and paged_attention
-    too, without gradients; for all other operations both are "reference" on CPUs. "triton" on CPU tensors needs
-    TRITON_INTERPRET=1 in the environment before the import.
+    "auto" and "native" decode and see on CPUs through the C library (:mod:`llava_kernels.library`) where it was built,
+    and train with its norms, rotation, SwiGLU and attention (:mod:`llava_kernels.native_training`); so does
+    project_splice without gradients (:mod:`llava_kernels.native`). "native" takes it for linear_int8, linear_int4 and
+    paged_attention too, without gradients; for all other operations both are "reference" on CPUs. "triton" on CPU
+    tensors needs TRITON_INTERPRET=1 in the environment before the import.
 
     Raises:
         ValueError: ``choice`` is none of these.

@@ -25,14 +25,14 @@ class NativeTower:
         tower, vision = model.vision_tower, model.config.vision
         self.tower, self.handle = tower, handle
         described = [_layer(layer) for layer in tower.layers[: tower.layers_run]]
-        patches = tower.patch_embedding.detach().flatten(1)
+        self.patches = tower.patch_embedding.detach().flatten(1)  # kept: of a parameter laid out otherwise it is a copy
         self.args = library.VisionArgs(
             dtype=library.DTYPES[model.dtype],
             layers=len(described),
             width=vision.hidden_size,
             heads=vision.num_attention_heads,
             eps=vision.layer_norm_eps,
-            patch_embedding=library.float_weight(patches),
+            patch_embedding=library.float_weight(self.patches),
             class_embedding=tower.class_embedding.data_ptr(),
             position_embedding=tower.position_embedding.data_ptr(),
             norm_weight=tower.pre_norm.weight.data_ptr(),

@@ -88,7 +88,7 @@ const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, 
 inline int64_t unit_of(const Panel &panel, int64_t unit) { return panel.layout == IN_TILES ? 32 : unit; }
 
 // Calls body(first_row, rows, first, count, thread) for parts of a (rows, features) product that together cover it.
-// `least` features a part; no part has more than ROW_BLOCK rows.
+// Parts have a multiple of `unit` features, but for the last, and at most ROW_BLOCK rows.
 template <class F>
 void share_product(lk_cpu &cpu, int64_t rows, int64_t features, int64_t unit, F &&body) {
     const int64_t threads = cpu.pool->threads(), row_blocks = cdiv(rows, ROW_BLOCK);
