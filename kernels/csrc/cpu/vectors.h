@@ -115,9 +115,13 @@ INLINE float sum(vf v) {
     return (a[0] + a[2]) + (a[1] + a[3]);
 }
 INLINE float largest(vf v) {
-    float most = v[0];
-    for (int i = 1; i < L; i++) most = v[i] > most ? v[i] : most;
-    return most;
+    f4 parts[L / 4];
+    memcpy(parts, &v, sizeof parts);
+    for (int i = L / 8; i > 0; i /= 2)
+        for (int j = 0; j < i; j++) parts[j] = parts[j] > parts[j + i] ? parts[j] : parts[j + i];
+    const f4 m = parts[0];
+    const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
+    return a > b ? a : b;
 }
 
 // e^x to 2 units in the last place; below -87.3 it is 0.

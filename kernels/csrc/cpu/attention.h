@@ -1,0 +1,283 @@
+// Attention of a step's queries over the paged keys and values of their sequence, with a softmax that goes along with the
+// keys (Milakov and Gimelshein 2018).
+#pragma once
+
+#include "dense.h"
+#include "isa.h"
+#include "vectors.h"
+
+namespace {
+
+using lk::Attention;
+
+constexpr int64_t MANY_QUERIES = 8; // of one head of keys, for which these are turned
+constexpr int64_t TOKENS = 16;      // keys that meet few queries at a time
+constexpr int64_t RUN = 2 * L;      // dimensions likewise
+
+// Where the tokens of a tile lie in the cache, in elements.
+struct Tile {
+    int64_t begin, count;
+    int64_t at[lk::KEY_TILE];
+    bool in_one_piece; // each token_stride behind the one before: the engine hands out blocks that follow one another
+};
+
+Tile tile_at(const Attention &task, int64_t begin, int64_t count) {
+    Tile tile = {begin, count, {}, true};
+    int64_t block = begin / task.block_size, inside = begin % task.block_size;
+    for (int64_t t = 0; t < count; t++, inside++) {
+        if (inside == task.block_size) block++, inside = 0;
+        tile.at[t] = task.table[block] * task.block_stride + inside * task.token_stride;
+        tile.in_one_piece &= t == 0 || tile.at[t] == tile.at[t - 1] + task.token_stride;
+    }
+    return tile;
+}
+
+// Reads a tile's keys and values of all heads, which lie side by side, from front to back in four streams: then memory
+// is as fast as the processor's own look-ahead makes it. Read head by head it would be half as fast, and no faster if
+// lines were asked for one by one, of which a core has few under way at a time.
+void bring(const Attention &task, const Tile &tile) {
+    const int64_t size = task.cache_dtype == LK_FLOAT32 ? 4 : 2, bytes = task.kv_heads * task.head_stride * size;
+    const int64_t quarter = (tile.count + 3) / 4;
+    const void *const caches[] = {task.k, task.v};
+    for (int64_t t = 0; t < quarter; t++)
+        for (const void *from : caches)
+            for (int64_t i = 0; i < bytes; i += 64)
+                for (int64_t part = 0; part < 4; part++)
+                    (void)*((const volatile char *)from + tile.at[least(part * quarter + t, tile.count - 1)] * size + i);
+}
+
+// ---- many queries
+
+// Many queries of one head of keys: both products as dense ones, with the keys of a tile turned, so that nothing is added
+// up across lanes.
+void attend_many(const Attention &task, float *scratch) {
+    using lk::KEY_TILE;
+    using lk::MAX_HEAD_DIM;
+    float *keys = scratch, *values = keys + KEY_TILE * MAX_HEAD_DIM, *p = values + KEY_TILE * MAX_HEAD_DIM;
+    float *q = p + lk::MAX_QUERIES * KEY_TILE, *out = q + lk::MAX_QUERIES * MAX_HEAD_DIM;
+    const int64_t dim = task.head_dim, width = (dim + PANEL - 1) / PANEL * PANEL, rows = task.rows;
+    const int64_t all_keys = task.first + (rows - 1) / task.group + 1, size = task.cache_dtype == LK_FLOAT32 ? 4 : 2;
+    const float factor = LOG2E / __builtin_sqrtf((float)dim); // scores are kept in units of log 2
+    float most[lk::MAX_QUERIES], total[lk::MAX_QUERIES];
+    for (int64_t r = 0; r < rows; r++) {
+        memcpy(q + r * dim, task.q + r / task.group * task.q_stride + r % task.group * dim, (size_t)dim * sizeof(float));
+        memset(out + r * width, 0, (size_t)width * sizeof(float));
+        most[r] = -__builtin_inff(), total[r] = 0;
+    }
+    for (int64_t begin = 0; begin < all_keys; begin += KEY_TILE) {
+        const Tile tile = tile_at(task, begin, least(KEY_TILE, all_keys - begin));
+        for (int64_t t = 0; t < tile.count; t++)
+            to_float(task.cache_dtype, (const char *)task.k + tile.at[t] * size, values + t * dim, dim);
+        turned(values, dim, tile.count, dim, keys, KEY_TILE);
+        for (int64_t t = 0; t < tile.count; t++) {
+            to_float(task.cache_dtype, (const char *)task.v + tile.at[t] * size, values + t * width, dim);
+            for (int64_t d = dim; d < width; d++) values[t * width + d] = 0;
+        }
+        product(rows, KEY_TILE, dim, {q, dim, 1}, keys, KEY_TILE, p, KEY_TILE, false);
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t seen = task.first + r / task.group + 1 - begin; // may be none
+            weights(p + r * KEY_TILE, seen, factor, most[r], total[r], out + r * width, width);
+        }
+        product(rows, width, tile.count, {p, KEY_TILE, 1}, values, width, out, width, true);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        float *to = task.out + r / task.group * task.out_stride + r % task.group * dim;
+        const float inverse = 1.f / total[r];
+        for (int64_t d = 0; d < dim; d++) to[d] = out[r * width + d] * inverse;
+    }
+}
+
+// ---- few queries: all of them, of all heads, first meet a tile's keys, then its values, so that none waits for its own sums
+
+// A run of a row: halves as their words have them, the even ones and the odd ones.
+struct Run {
+    vf even, odd;
+};
+INLINE Run run_of(const float *from) { return {load<vf>(from), load<vf>(from + L)}; }
+INLINE Run run_of(const uint16_t *from) {
+    const vu words = load<vu>(from);
+    return {(vf)(words << 16), (vf)(words & 0xffff0000u)};
+}
+
+// {sum a, sum b, sum c, sum d} of sixteen vectors
+INLINE void put_sums(const vf (&v)[TOKENS], float *out) {
+#if LK_LANES == 16
+    vf four[4];
+    for (int i = 0; i < 4; i++) { // within quarters of a vector, then across them
+        const vf *x = v + 4 * i;
+        const vf ab = __builtin_shufflevector(x[0], x[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                      __builtin_shufflevector(x[0], x[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+        const vf cd = __builtin_shufflevector(x[2], x[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                      __builtin_shufflevector(x[2], x[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+        four[i] = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                  __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    auto quarters = [](vf a, vf b) {
+        return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    };
+    store(out, quarters(quarters(four[0], four[1]), quarters(four[2], four[3])));
+#else
+    for (int i = 0; i < TOKENS; i += 4)
+        store(out + i, sums(halved(v[i]), halved(v[i + 1]), halved(v[i + 2]), halved(v[i + 3])));
+#endif
+}
+
+// Products of R rows of q with the keys of a tile.
+template <int R, class E>
+INLINE void scores(const float *q, const E *keys, int64_t stride, int64_t width, float *out) {
+    vf total[R][TOKENS];
+    for (int t = 0; t < TOKENS; t += 4) {
+        vf four[R][4] = {};
+        for (int64_t d = 0; d < width; d += RUN)
+            for (int i = 0; i < 4; i++) {
+                const Run key = run_of(keys + (t + i) * stride + d);
+                for (int r = 0; r < R; r++) {
+                    const float *query = q + r * width + d;
+                    four[r][i] += key.even * load<vf>(query);
+                    four[r][i] += key.odd * load<vf>(query + L);
+                }
+            }
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < 4; i++) total[r][t + i] = four[r][i];
+    }
+    for (int r = 0; r < R; r++) put_sums(total[r], out + r * TOKENS);
+}
+
+struct Weighed { // what a query has come to so far
+    float most = -__builtin_inff();
+    vf total = {};
+};
+
+// A query's scores, of which the first `seen` count, become weights; `out` is what has been weighed so far.
+INLINE void soften(float *s, int64_t seen, float factor, int64_t width, Weighed &query, float *out) {
+    for (int64_t t = seen > 0 ? seen : 0; t < TOKENS; t++) s[t] = -__builtin_inff();
+    vf highest = load<vf>(s);
+    for (int64_t t = L; t < TOKENS; t += L) highest = larger(highest, load<vf>(s + t));
+    const float now = largest(highest) * factor;
+    if (now > query.most) {
+        const float shrink = power_of_two(all(query.most - now))[0];
+        for (int64_t d = 0; d < width; d += L) store(out + d, load<vf>(out + d) * shrink);
+        query.total *= shrink, query.most = now;
+    }
+    for (int64_t t = 0; t < TOKENS; t += L) {
+        const vf e = power_of_two(load<vf>(s + t) * factor - query.most);
+        store(s + t, e), query.total += e;
+    }
+}
+
+// Adds to R rows of `out`, from `d` on, what a tile's values weigh, V runs of dimensions at a time; returns how far it came.
+template <int R, int V, class E>
+INLINE int64_t weigh(const float *weight, const E *values, int64_t stride, int64_t d, int64_t width, float *out) {
+    for (; d + V * RUN <= width; d += V * RUN) {
+        Run total[R][V];
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < V; i++) total[r][i] = run_of(out + r * width + d + i * RUN);
+        for (int64_t t = 0; t < TOKENS; t++)
+            for (int i = 0; i < V; i++) {
+                const Run value = run_of(values + t * stride + d + i * RUN);
+                for (int r = 0; r < R; r++) {
+                    const float one = weight[r * TOKENS + t];
+                    total[r][i].even += value.even * one, total[r][i].odd += value.odd * one;
+                }
+            }
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < V; i++) {
+                float *to = out + r * width + d + i * RUN;
+                store(to, total[r][i].even), store(to + L, total[r][i].odd);
+            }
+    }
+    return d;
+}
+
+// One head's keys or values of a tile: where they lie if they are all there, side by side.
+template <class E>
+INLINE const E *rows_of(const Attention &task, const Tile &tile, const void *cache, int64_t head, int64_t width, E *copy,
+                        int64_t *stride) {
+    const E *from = (const E *)cache + head * task.head_stride;
+    *stride = task.token_stride;
+    if (tile.count == TOKENS && tile.in_one_piece && width == task.head_dim) return from + tile.at[0];
+    *stride = width;
+    memset(copy, 0, (size_t)(TOKENS * width) * sizeof(E));
+    for (int64_t t = 0; t < tile.count; t++)
+        memcpy(copy + t * width, from + tile.at[t], (size_t)task.head_dim * sizeof(E));
+    return copy;
+}
+
+// Row i of queries, head by head, in a matrix of tokens `stride` apart.
+template <class T>
+INLINE T *query_of(const Attention &task, int64_t i, T *matrix, int64_t stride) {
+    const int64_t head = i / task.rows, row = i % task.rows;
+    return matrix + row / task.group * stride + (head * task.group + row % task.group) * task.head_dim;
+}
+
+// The same order for a row of `dim` floats that meet such rows, and back.
+template <class E>
+INLINE void into_runs(const float *x, int64_t dim, int64_t width, float *out) {
+    float row[lk::MAX_HEAD_DIM + RUN];
+    memcpy(row, x, (size_t)dim * sizeof(float));
+    memset(row + dim, 0, (size_t)(width - dim) * sizeof(float));
+    for (int64_t d = 0; d < width; d += RUN)
+        for (int64_t i = 0; i < L; i++) {
+            constexpr int64_t APART = sizeof(E) == 4 ? 1 : 2;
+            out[d + i] = row[d + APART * i], out[d + L + i] = row[d + (APART == 1 ? L + i : 2 * i + 1)];
+        }
+}
+template <class E>
+INLINE void from_runs(const float *x, float factor, int64_t dim, int64_t width, float *out) {
+    float row[lk::MAX_HEAD_DIM + RUN];
+    for (int64_t d = 0; d < width; d += RUN)
+        for (int64_t i = 0; i < L; i++) {
+            constexpr int64_t APART = sizeof(E) == 4 ? 1 : 2;
+            row[d + APART * i] = x[d + i] * factor, row[d + (APART == 1 ? L + i : 2 * i + 1)] = x[d + L + i] * factor;
+        }
+    memcpy(out, row, (size_t)dim * sizeof(float));
+}
+
+template <class E>
+void attend_few(const Attention &task, float *scratch) {
+    const int64_t dim = task.head_dim, width = (dim + RUN - 1) / RUN * RUN, heads = task.kv_heads, rows = task.rows;
+    const int64_t tokens = task.first + (rows - 1) / task.group + 1;
+    const float factor = LOG2E / __builtin_sqrtf((float)dim); // scores are kept in units of log 2
+    float *q = scratch, *out = q + lk::MAX_QUERIES * lk::MAX_HEAD_DIM; // (heads, rows, width) both
+    E *copy = (E *)(out + lk::MAX_QUERIES * lk::MAX_HEAD_DIM);
+    alignas(64) float score[lk::MAX_QUERIES * TOKENS];
+    Weighed queries[lk::MAX_QUERIES];
+    for (int64_t i = 0; i < heads * rows; i++) into_runs<E>(query_of(task, i, task.q, task.q_stride), dim, width, q + i * width);
+    memset(out, 0, (size_t)(heads * rows * width) * sizeof(float));
+    for (int64_t begin = 0; begin < tokens; begin += TOKENS) {
+        const Tile tile = tile_at(task, begin, least(TOKENS, tokens - begin));
+        int64_t stride;
+        if (heads > 1) bring(task, tile);
+        for (int64_t head = 0; head < heads; head++) {
+            const E *keys = rows_of(task, tile, task.k, head, width, copy, &stride);
+            int64_t i = head * rows;
+            for (; i + 2 <= (head + 1) * rows; i += 2) scores<2>(q + i * width, keys, stride, width, score + i * TOKENS);
+            if (i < (head + 1) * rows) scores<1>(q + i * width, keys, stride, width, score + i * TOKENS);
+        }
+        for (int64_t i = 0; i < heads * rows; i++) {
+            const int64_t row = rows == 1 ? 0 : i % rows, seen = task.first + row / task.group + 1 - begin; // may be none
+            soften(score + i * TOKENS, seen, factor, width, queries[i], out + i * width);
+        }
+        for (int64_t head = 0; head < heads; head++) {
+            const E *values = rows_of(task, tile, task.v, head, width, copy, &stride);
+            int64_t i = head * rows;
+            for (; i + 4 <= (head + 1) * rows; i += 4)
+                weigh<4, 1>(score + i * TOKENS, values, stride, 0, width, out + i * width);
+            for (; i < (head + 1) * rows; i++) {
+                const int64_t d = weigh<1, 2>(score + i * TOKENS, values, stride, 0, width, out + i * width);
+                weigh<1, 1>(score + i * TOKENS, values, stride, d, width, out + i * width);
+            }
+        }
+    }
+    for (int64_t i = 0; i < heads * rows; i++)
+        from_runs<E>(out + i * width, 1.f / sum(queries[i].total), dim, width, query_of(task, i, task.out, task.out_stride));
+}
+
+void attend(const Attention &task, float *scratch) {
+    if (task.kv_heads == 1 && task.rows >= MANY_QUERIES) return attend_many(task, scratch);
+    if (task.cache_dtype == LK_FLOAT32) return attend_few<float>(task, scratch);
+    attend_few<uint16_t>(task, scratch);
+}
+
+} // namespace
