@@ -226,6 +226,8 @@ typedef struct lk_step_args {
     int64_t table_stride;
     const int32_t *context_lens, *query_start;
     float *hidden;               /* (tokens, width) out: before the final norm */
+    const int64_t *rows;         /* (outputs,) ascending: hidden is (outputs, width), of these tokens alone; NULL: of all */
+    int64_t outputs;
 } lk_step_args;
 LK_API lk_status lk_decoder_step(lk_decoder *decoder, const lk_step_args *args);
 /* Final norm and head: hidden (rows, width) -> logits (rows, vocabulary). */

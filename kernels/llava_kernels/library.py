@@ -81,7 +81,8 @@ class StepArgs(Structure):
         ("sequences", c_int64),
         *[(name, c_void_p) for name in ("x", "positions", "slots", "block_table")],
         ("table_stride", c_int64),
-        *[(name, c_void_p) for name in ("context_lens", "query_start", "hidden")],
+        *[(name, c_void_p) for name in ("context_lens", "query_start", "hidden", "rows")],
+        ("outputs", c_int64),
     ]
 
 

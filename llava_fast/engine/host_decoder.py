@@ -80,8 +80,8 @@ class HostDecoder:
         products = [getattr(layer, name) for layer in model.decoder.layers for name in names]
         return all(type(product) is Linear for product in products) and type(model.lm_head) in (Linear, type(None))
 
-    def __call__(self, x: Tensor, inputs: StepInputs) -> Tensor:
-        """x: (T, D) embeddings -> (T, D) before the final norm."""
+    def __call__(self, x: Tensor, inputs: StepInputs, rows: Tensor | None = None) -> Tensor:
+        """x: (T, D) embeddings -> (T, D) before the final norm, or (n, D) of ``rows`` (n,)."""
         positions = torch.from_numpy(inputs.arrays["position_ids"])
         slots = torch.from_numpy(inputs.arrays["slots"])
         piece = self.blocks[0][0, 0].numel() * self.blocks[0].element_size()  # bytes of one token
@@ -90,10 +90,11 @@ class HostDecoder:
         together = inputs.decodes if inputs.decodes > 1 and size <= GATHER_BYTES else 0
         table, bias = _padded(inputs, together, self.block_size) if together else (slots, self.sin)
         spans = [_span(inputs, i, self.block_size) for i in range(together, len(inputs.chunks))]
-        return compiled()[0](
+        hidden = compiled()[0](
             x, self.layers, self.blocks, self.cos, self.sin, positions, slots, spans, together, table, bias,
             self.heads, self.kv_heads, self.eps, self.software and x.shape[0] > FEW_ROWS,
         )  # fmt: skip
+        return hidden if rows is None else hidden[rows]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and output head: (n, D) -> logits (n, V)."""

@@ -74,10 +74,12 @@ class NativeDecoder:
             return f"the C library has no heads of {text.head_dim}, {text.num_attention_heads} of them"
         return None
 
-    def __call__(self, x: Tensor, inputs: StepInputs) -> Tensor:
-        """x: (T, D) embeddings -> (T, D) float32 before the final norm."""
+    def __call__(self, x: Tensor, inputs: StepInputs, rows: Tensor | None = None) -> Tensor:
+        """x: (T, D) embeddings -> (T, D) float32 before the final norm, or (n, D) of ``rows`` (n,) int64, which ascend."""
         x, arrays = x.contiguous(), inputs.arrays
-        hidden = torch.empty(x.shape, dtype=torch.float32)
+        outputs = x.shape[0] if rows is None else len(rows)
+        hidden = torch.empty(max(outputs, 1), x.shape[1])  # nothing has no address
+        wanted = rows if outputs else torch.zeros(1, dtype=torch.int64)
         table = arrays["block_table"]
         args = library.StepArgs(
             dtype=library.DTYPES[x.dtype],
@@ -91,9 +93,11 @@ class NativeDecoder:
             context_lens=arrays["context_lens"].ctypes.data,
             query_start=arrays["query_start"].ctypes.data,
             hidden=hidden.data_ptr(),
+            rows=None if wanted is None else wanted.data_ptr(),
+            outputs=outputs,
         )
         self._decoder.step(args)
-        return hidden
+        return hidden[:outputs]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and output head: (n, D) float32 -> logits (n, V) float32."""

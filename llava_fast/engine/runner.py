@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.engine import attention
@@ -27,7 +26,7 @@ from llava_fast.engine.request import SamplingParams
 from llava_fast.engine.sampler import Logprobs, Sampler
 from llava_fast.engine.scheduler import Chunk
 from llava_fast.engine.sequence import Sequence
-from llava_fast.engine.transfer import download, upload
+from llava_fast.engine.transfer import download, gather, upload
 from llava_fast.model import Llava
 from llava_kernels.dispatch import use_triton
 from llava_kernels.linear import multiplies_in_software
@@ -132,31 +131,34 @@ class Runner:
         """(n, V) logits of the sequences that draw a token, None where none does, and what prompts are scored with."""
         if self.decode_graphs is not None and inputs.only_decodes:
             return self.decode_graphs.logits(inputs), []
-        hidden = self._hidden(inputs, sent)
         if inputs.only_decodes:
-            return self._head(hidden), []
-        logits = self._head(hidden[sent["logit_rows"]]) if len(sent["logit_rows"]) else None
-        return logits, self._score_prompts(inputs, hidden)
+            return self._head(self._hidden(inputs, sent)), []
+        rows = sent["logit_rows"]
+        if not any(c.sequence.scored < len(c.sequence.prompt.ids) for c in inputs.chunks):
+            hidden = self._hidden(inputs, sent, rows)
+            return self._head(hidden) if len(rows) else None, []
+        hidden = self._hidden(inputs, sent)
+        return self._head(hidden[rows]) if len(rows) else None, self._score_prompts(inputs, hidden)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.model.head(hidden) if self.host_decoder is None else self.host_decoder.head(hidden)
 
-    def _hidden(self, inputs: StepInputs, sent: dict[str, Tensor]) -> Tensor:
-        """(T, D) before the final norm."""
+    def _hidden(self, inputs: StepInputs, sent: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:
+        """(T, D) before the final norm, or (n, D) of ``rows`` (n,) alone."""
         decoder, decodes = self.model.decoder, inputs.decodes
         ids = sent["input_ids"]
         if inputs.only_decodes:
             ids = self.sampler.last[sent["rows"]]
         elif decodes:
             ids[:decodes] = self.sampler.last[sent["rows"][:decodes]]
-        embedded = self._splice(inputs, sent) if inputs.images else F.embedding(ids, decoder.embed_tokens)
+        embedded = self._splice(inputs, sent) if inputs.images else gather(decoder.embed_tokens, ids)
         if self.host_decoder is not None and not use_triton(embedded):
-            return self.host_decoder(embedded, inputs)
+            return self.host_decoder(embedded, inputs, rows)
         if inputs.only_decodes:
             attend = attention.decoding(self.cache, sent, inputs.max_context)
         else:
             attend = attention.mixed(self.cache, inputs, sent, self.model.attention)
-        return decoder(embedded, sent["position_ids"], attend)
+        return decoder(embedded, sent["position_ids"], attend, rows)
 
     def _splice(self, inputs: StepInputs, sent: dict[str, Tensor]) -> Tensor:
         parts = []

@@ -162,14 +162,24 @@ lk_status check_tokens(lk_decoder *decoder, const lk_step_args *args) {
             return lk_fail(handle, LK_INVALID_ARGUMENT, "slots[%lld] is %lld, not below %lld", (long long)t,
                            (long long)args->slots[t], (long long)slots);
     }
+    for (int64_t i = 0; args->rows && i < args->outputs; i++)
+        if (args->rows[i] < (i ? args->rows[i - 1] + 1 : 0) || args->rows[i] >= args->tokens)
+            return lk_fail(handle, LK_INVALID_ARGUMENT, "rows[%lld] is %lld: rows must ascend, below %lld", (long long)i,
+                           (long long)args->rows[i], (long long)args->tokens);
     return LK_OK;
+}
+
+// Moves the rows that are wanted to the front.
+void keep_rows(const lk_step_args &step, int64_t width, float *x) {
+    for (int64_t i = 0; i < step.outputs; i++) std::memmove(x + i * width, x + step.rows[i] * width, width * sizeof(float));
 }
 
 void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, const PagedStep &paged) {
     const lk_decoder_args &args = decoder->args;
-    const int64_t tokens = step.tokens, width = args.width, attended_width = args.heads * args.head_dim;
+    const int64_t width = args.width, attended_width = args.heads * args.head_dim;
     const bool half = args.dtype == LK_BFLOAT16;
-    float *x = step.hidden;
+    int64_t tokens = step.tokens;
+    float *x = step.rows ? decoder->stream.at_least(tokens * width) : step.hidden;
     cpu.isa->to_float(step.dtype, step.x, x, tokens * width);
     float *q = decoder->qkv.at_least(tokens * attended_width), *attended = decoder->attended.at_least(tokens * attended_width);
     for (int64_t i = 0; i < args.layers; i++) {
@@ -178,6 +188,11 @@ void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, cons
         const Source first{LK_FLOAT32, x, width, decoder->norm(2 * i), nullptr, args.eps, half};
         project_heads(*decoder, cpu, layer, prepare(cpu, decoder->panel, layer.qkv, first, tokens), step, q);
         attend(cpu, paged, layer.k_cache, layer.v_cache, q, attended_width, attended);
+        if (step.rows && i == args.layers - 1) { // no other token is looked at any more
+            keep_rows(step, width, x), keep_rows(step, attended_width, attended);
+            tokens = step.outputs;
+            if (!tokens) return;
+        }
         const Source heads{LK_FLOAT32, attended, attended_width, nullptr, nullptr, 0, half};
         add_product(cpu, layer.out, prepare(cpu, decoder->panel, layer.out, heads, tokens), tokens, x);
         const Source second{LK_FLOAT32, x, width, decoder->norm(2 * i + 1), nullptr, args.eps, half};
@@ -186,6 +201,8 @@ void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, cons
         const Source middle{LK_FLOAT32, gated, inner, nullptr, nullptr, 0, half};
         add_product(cpu, layer.down, prepare(cpu, decoder->inner, layer.down, middle, tokens), tokens, x);
     }
+    if (step.rows && !args.layers) keep_rows(step, width, x);
+    if (step.rows) std::memcpy(step.hidden, x, step.outputs * width * sizeof(float));
 }
 
 } // namespace
@@ -228,7 +245,7 @@ lk_status lk_decoder_step(lk_decoder *decoder, const lk_step_args *args) {
     lk_handle *handle = decoder->handle;
     if (lk_status status = lk_check_call(handle, args, args ? args->dtype : LK_FLOAT32)) return status;
     if (lk_status status = check_dtype(handle, "a step", args->dtype)) return status;
-    CHECK_SIZES(handle, {"tokens", args->tokens, 0}, {"sequences", args->sequences, 0});
+    CHECK_SIZES(handle, {"tokens", args->tokens, 0}, {"sequences", args->sequences, 0}, {"outputs", args->outputs, 0});
     if (args->tokens == 0) return LK_OK;
     CHECK_POINTERS(handle, {"x", args->x}, {"positions", args->positions}, {"slots", args->slots},
                    {"block_table", args->block_table}, {"context_lens", args->context_lens},

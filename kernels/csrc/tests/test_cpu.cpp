@@ -294,6 +294,25 @@ static void decode(lk_handle *handle) {
                     const double right = exact[s][(size_t)(t * Tiny::WIDTH + i)];
                     CHECK(std::fabs(hidden[(size_t)(row * Tiny::WIDTH + i)] - right) < 2e-5 * (1 + std::fabs(right)));
                 }
+        // The same for some tokens alone, or none: the last of each chunk, as a prompt wants it.
+        List<int64_t> last;
+        for (int s = 0; s < 2; s++)
+            if (chunk[s]) last.push_back(starts[(size_t)s + 1] - 1);
+        List<float> some(last.size() * Tiny::WIDTH);
+        step.hidden = some.data(), step.rows = last.data(), step.outputs = (int64_t)last.size();
+        CHECK(lk_decoder_step(tiny.decoder, &step) == LK_OK);
+        for (size_t i = 0; i < last.size(); i++)
+            for (int j = 0; j < Tiny::WIDTH; j++) {
+                const float right = hidden[(size_t)(last[i] * Tiny::WIDTH + j)];
+                CHECK(std::fabs(some[i * Tiny::WIDTH + (size_t)j] - right) < 2e-5f * (1 + std::fabs(right)));
+            }
+        step.outputs = 0;
+        CHECK(lk_decoder_step(tiny.decoder, &step) == LK_OK);
+        last.push_back(step.tokens), step.outputs = (int64_t)last.size(); // refused: there is no such token
+        CHECK(lk_decoder_step(tiny.decoder, &step) == LK_INVALID_ARGUMENT);
+        last.back() = last[0];
+        CHECK(lk_decoder_step(tiny.decoder, &step) == LK_INVALID_ARGUMENT);
+        step.hidden = hidden.data(), step.rows = nullptr, step.outputs = 0;
         CHECK(lk_decoder_head(tiny.decoder, std::min<int64_t>(2, step.tokens), hidden.data(), logits.data()) == LK_OK);
         const List<double> first(hidden.begin(), hidden.begin() + Tiny::WIDTH);
         const List<double> right = Tiny::times(tiny.head, Tiny::normed(first.data(), tiny.norms[2 * Tiny::LAYERS]));
