@@ -63,13 +63,17 @@ struct Span {
     bool whole; // and it lies on all of them
 };
 
+// One picture and the memory of both passes. In width, rows go through in blocks of PICTURE_ROWS; what of the canvas the
+// picture does not cover is background in `turned` beside it, and the one row `empty` above and below it.
 class Resize {
   public:
     Resize(const Isa &isa, const lk_prepare_image_args &args)
-        : isa(isa), args(args), pixel(args.pixel_stride), x(args.canvas_width, args.new_width, args.out_left, args.size),
+        : isa(isa), args(args), pixel(args.pixel_stride),
+          x(args.canvas_width, args.new_width, args.out_left, args.size),
           y(args.canvas_height, args.new_height, args.out_top, args.size), wide(x, args.left, args.width),
-          high(y, args.top, args.height), bytes((wide.last - wide.first) * pixel), turned((x.high - x.low) * pixel * PICTURE_ROWS),
-          plane((args.size + 15) / 16 * 16), made(3 * plane * PICTURE_ROWS), empty(bytes) {
+          high(y, args.top, args.height), bytes((wide.last - wide.first) * pixel),
+          turned((x.high - x.low) * pixel * PICTURE_ROWS), plane((args.size + 15) / 16 * 16),
+          made(3 * plane * PICTURE_ROWS), empty(bytes) {
         for (Taps &taps : x.taps) taps.first -= x.low;
         fill(turned.get(), wide.first - x.low, PICTURE_ROWS);
         fill(turned.get() + (wide.last - x.low) * pixel * PICTURE_ROWS, x.high - wide.last, PICTURE_ROWS);
@@ -131,7 +135,8 @@ class Resize {
 
     void normalise(int64_t row, const uint8_t *from) {
         for (int64_t c = 0; c < 3; c++)
-            isa.normalise(from + c * plane, args.size, args.scale[c], args.shift[c], args.out + (c * args.size + row) * args.size);
+            isa.normalise(from + c * plane, args.size, args.scale[c], args.shift[c],
+                          args.out + (c * args.size + row) * args.size);
     }
 
     const Isa &isa;
@@ -139,7 +144,7 @@ class Resize {
     int64_t pixel;
     Axis x, y;
     Span wide, high;
-    int64_t bytes; // of the picture in a row, as far as they are looked at
+    int64_t bytes; // of a row of the picture, as far as it is looked at
     Bytes turned;
     int64_t plane;
     Bytes made, empty;
@@ -152,12 +157,13 @@ bool inside(int64_t at, int64_t size, int64_t whole) { return at >= 0 && size <=
 bool complete(lk_prepare_image_args &args) {
     auto or_else = [](int64_t &value, int64_t other) { value = value ? value : other; };
     or_else(args.canvas_height, args.height), or_else(args.canvas_width, args.width), or_else(args.pixel_stride, 3);
-    for (int64_t size : {args.height, args.width, args.canvas_height, args.canvas_width, args.new_height, args.new_width, args.size})
+    for (int64_t size : {args.height, args.width, args.canvas_height, args.canvas_width, args.new_height, args.new_width,
+                         args.size})
         if (size < 1 || size > LARGEST) return false;
     if (!args.pixels || !args.out || args.pixel_stride < 3 || args.pixel_stride > 4) return false;
     const int64_t row = args.width * args.pixel_stride;
     or_else(args.row_stride, row);
-    const int64_t stride = std::abs(std::max<int64_t>(args.row_stride, -LONGEST_ROW - 1));
+    const int64_t stride = std::abs(std::max<int64_t>(args.row_stride, -LONGEST_ROW - 1)); // INT64_MIN has no opposite
     return stride >= row && stride <= LONGEST_ROW && inside(args.top, args.height, args.canvas_height) &&
            inside(args.left, args.width, args.canvas_width) && inside(args.out_top, args.size, args.new_height) &&
            inside(args.out_left, args.size, args.new_width);
