@@ -11,6 +11,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_fast.processor import ImageProcessor
+from llava_kernels import implementation, library
 
 SIZES = [(640, 480), (336, 448), (500, 375), (1024, 683)]
 
@@ -49,3 +50,20 @@ def test_images(benchmark, impl):
     benchmark(run, files)
     if benchmark.stats is not None:
         benchmark.extra_info |= {"shape": str(SIZES), "images_per_s": len(files) / benchmark.stats.stats.median}
+
+
+@pytest.mark.parametrize("aspect", ["square", "pad"])
+@pytest.mark.parametrize(("shape", "size"), [((240, 320), 48), ((480, 640), 336), ((3000, 4000), 336)])
+@pytest.mark.parametrize("impl", ["library", "pil"])
+def test_resize(benchmark, impl, shape, size, aspect):
+    """Decoded pixels (H, W, 3) to a tensor, by the C library or by PIL and numpy: the same bits."""
+    if impl == "library" and library.load() is None:
+        pytest.skip("libllava_kernels was not built")
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    process, out = ImageProcessor(size, aspect), torch.empty(3, size, size)
+    with implementation("reference"):
+        expected = process(pixels)
+    benchmark.group = f"{shape[1]}x{shape[0]} to {size}x{size}, {aspect}"
+    with implementation("auto" if impl == "library" else "reference"):
+        benchmark(process, pixels, out)
+    assert torch.equal(out, expected)

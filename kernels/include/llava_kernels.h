@@ -310,6 +310,29 @@ typedef struct lk_varlen_attention_backward_args {
 } lk_varlen_attention_backward_args;
 LK_API lk_status lk_varlen_attention_backward(lk_handle *handle, const lk_varlen_attention_backward_args *args);
 
+/* ---- Pictures on the CPU. No handle: any number of threads may call at once, each on its own memory. */
+
+/* A picture laid on a canvas of the background colour, the canvas resized by Pillow's bicubic filter, and of the result
+ * the window of size x size pixels at (out_top, out_left) as floats: value * scale + shift, rounded after each of the
+ * two. The bits are those of Pillow's resize and numpy's arithmetic; only what the window shows is computed. Heights and
+ * widths are at most 2^24, a stride 2^31 - 1. Errors have no message but lk_error_string's. */
+typedef struct lk_prepare_image_args {
+    const uint8_t *pixels;              /* (height, width) pixels of red, green, blue, and nothing or one ignored byte */
+    int64_t height, width;
+    int64_t row_stride;                 /* bytes from row to row, which may be negative; 0: the rows lie end to end */
+    int64_t pixel_stride;               /* bytes from pixel to pixel, 3 or 4; 0 stands for 3 */
+    int64_t canvas_height, canvas_width; /* 0 stands for the picture's own */
+    int64_t top, left;                  /* where on the canvas the picture lies; it may not reach over an edge */
+    uint8_t background[3];
+    int64_t new_height, new_width;      /* of the canvas once it is resized */
+    int64_t out_top, out_left, size;    /* the window: it may not reach over an edge either */
+    int height_first;                   /* 1: resized in height, then in width; between the two values are rounded */
+    float scale[3], shift[3];           /* of each colour */
+    float *out;                         /* (3, size, size) */
+    const char *instructions;           /* as for lk_set_instructions; NULL: the best there are */
+} lk_prepare_image_args;
+LK_API lk_status lk_prepare_image(const lk_prepare_image_args *args);
+
 #ifdef __cplusplus
 }
 #endif

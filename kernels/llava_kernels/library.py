@@ -143,13 +143,16 @@ def load() -> CDLL | None:
             except (OSError, AttributeError) as error:
                 log.warning("%s cannot be used: %s", place, error)
                 return None
-    log.warning("%s was not built with this package (that takes a C++ compiler): CPUs decode with torch, slower", NAME)
+    without = "CPUs decode with torch and pictures are resized by PIL, slower"
+    log.warning("%s was not built with this package (that takes a C++ compiler): %s", NAME, without)
     return None
 
 
 def _declared(library: CDLL) -> CDLL:
     library.lk_last_error.restype = library.lk_instructions.restype = c_char_p
     library.lk_last_error.argtypes = library.lk_instructions.argtypes = [c_void_p]
+    library.lk_error_string.restype, library.lk_error_string.argtypes = c_char_p, [c_int]
+    library.lk_prepare_image.restype = c_int  # its arguments: llava_kernels.image
     library.lk_create.argtypes = [POINTER(c_void_p), c_int]
     library.lk_set_threads.argtypes = [c_void_p, c_int]
     library.lk_set_instructions.argtypes = [c_void_p, c_char_p]

@@ -11,12 +11,11 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
-from typing import TypeGuard
 
 import numpy as np
 from torch import Tensor
 
-from llava_fast.processor.image import ImageProcessor, ImageSource, load_image
+from llava_fast.processor.image import ImageProcessor, ImageSource, is_rgb, load_image
 
 
 @dataclass
@@ -82,12 +81,10 @@ class ImageReader:
 
     def read(self, source: ImageSource, salt: str) -> PreparedImage:
         """Raises ImageError where the source cannot be used."""
-        picture: ImageSource
-        if _is_rgb(source):
-            picture = pixels = np.array(source, order="C")  # whose owner may write the next frame into it
+        if is_rgb(source):
+            pixels = np.array(source, order="C")  # whose owner may write the next frame into it
         else:
-            picture = load_image(source, self.processor.max_pixels)
-            pixels = np.asarray(picture)
+            pixels = np.asarray(load_image(source, self.processor.max_pixels))
         digest = hmac.new(self._key, digestmod="sha256")  # processors have instructions for it
         for part in (salt.encode(), self._preprocessing, f"RGB {pixels.shape[1]} {pixels.shape[0]}".encode()):
             digest.update(len(part).to_bytes(8, "big") + part)
@@ -96,9 +93,4 @@ class ImageReader:
         features = self.cache.get(name)
         if features is not None:
             return PreparedImage(name, features=features)
-        return PreparedImage(name, pixels=self.processor(picture))
-
-
-def _is_rgb(source: ImageSource) -> TypeGuard[np.ndarray]:
-    """Whether it is an array of what pixels become: (H, W, 3) uint8."""
-    return isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3
+        return PreparedImage(name, pixels=self.processor(pixels))

@@ -1,7 +1,8 @@
 """Images to pixel tensors: reading any source safely, and the resize, crop and normalisation that CLIP towers expect.
 
 The arithmetic is that of transformers' ``CLIPImageProcessor`` ("square") and ``LlavaImageProcessor`` with ``do_pad``
-("pad"), on PIL's bicubic filter. Results agree with theirs to within one grey level.
+("pad"), on PIL's bicubic filter. Results agree with theirs to within one grey level. Where the C library was built, its
+code (:mod:`llava_kernels.image`) takes the place of PIL's filter and numpy's arithmetic, and the bits are the same.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 import numpy as np
+import PIL
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
@@ -23,6 +25,8 @@ from torch import Tensor
 from llava_fast.config import ASPECTS
 from llava_fast.errors import ConfigError, ImageError
 from llava_fast.processor.image_file import CountedFile, check_directory, check_file
+from llava_kernels import image as native
+from llava_kernels.image import Placement
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of values in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -36,6 +40,7 @@ _BICUBIC = Image.Resampling.BICUBIC
 _BICUBIC_REACH = 2  # source pixels (of the coarser grid) that the filter sees on each side
 _ELONGATED = 4  # long side over short side, and
 _COSTLY = 1 << 22  # pixels of the plain way's largest step: above both, only what is kept of a resize is computed
+_PICKS_ORDER = int(PIL.__version__.split(".")[0]) >= 13  # PIL resizes what loses most in height in height first
 _UPRIGHT = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -78,6 +83,11 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     raise ImageError(
         f"cannot read an image from {type(source).__name__}; pass a path, bytes, a PIL image, an array or a tensor"
     )
+
+
+def is_rgb(source: object) -> TypeGuard[np.ndarray]:
+    """Whether it is an array of what pixels become: (H, W, 3) uint8."""
+    return isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3
 
 
 def _load_path(path: Path, max_pixels: int) -> Image.Image:
@@ -292,16 +302,53 @@ class ImageProcessor:
         Raises:
             ImageError: the source cannot be used; see :func:`load_image`.
         """
-        image = load_image(source, self.max_pixels)
-        image = self._crop_to_square(image) if self.aspect == "square" else self._pad_to_square(image)
+        picture: Image.Image | np.ndarray
+        if is_rgb(source) and 0 < source.shape[0] * source.shape[1] <= self.max_pixels:
+            picture = source  # nothing to convert, nor to complain of
+        else:
+            picture = load_image(source, self.max_pixels)
         if out is None:
             out = torch.empty(3, self.size, self.size)
+        if not self._prepare(picture, out):
+            self._prepare_with_pil(picture if isinstance(picture, Image.Image) else load_image(picture), out)
+        return out
+
+    def _prepare(self, picture: Image.Image | np.ndarray, out: Tensor) -> bool:
+        """Writes ``out`` through the C library; False where it is not that which does."""
+        planes = out.numpy()
+        if planes.shape != self.shape or planes.dtype != np.float32 or not planes.flags.c_contiguous:
+            return False  # numpy writes there, or says why not
+        height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+        placement = self._placement(height, width) if native.available() else None
+        if placement is None:
+            return False
+        pixels = np.asarray(picture)
+        native.prepare(pixels, out, placement, self.background, self._scale.tolist(), self._shift.tolist())
+        return True
+
+    def _placement(self, height: int, width: int) -> Placement | None:
+        """What :meth:`_crop_to_square` and :meth:`_pad_to_square` do the plain way; None where that is wasteful."""
+        size, short, long = self.size, min(height, width), max(height, width)
+        if self.aspect == "pad":
+            corner = ((long - height) // 2, (long - width) // 2)
+            wasteful = _is_wasteful((width, height), long * long)
+            return None if wasteful else Placement((long, long), corner, (size, size), (0, 0))
+        new_long = int(size * long / short)
+        if _is_wasteful((width, height), size * max(long, new_long)):
+            return None
+        new, start = (size, new_long), (0, (new_long - size) // 2)
+        if height >= width:
+            new, start = new[::-1], start[::-1]
+        shrinks = height > new[0] and height - new[0] > 2 * (width - new[1])
+        return Placement((height, width), (0, 0), new, start, height_first=_PICKS_ORDER and shrinks)
+
+    def _prepare_with_pil(self, image: Image.Image, out: Tensor) -> None:
+        image = self._crop_to_square(image) if self.aspect == "square" else self._pad_to_square(image)
         planes = out.numpy()  # (3, S, S), the same memory
         pixels = np.asarray(image)  # (S, S, 3) uint8
         for channel in range(3):
             np.multiply(pixels[:, :, channel], self._scale[channel], out=planes[channel])
             planes[channel] += self._shift[channel]
-        return out
 
     def stack(self, sources: Sequence[ImageSource]) -> Tensor:
         """N pictures as one float32 batch (N, 3, S, S), each written in place; N may be 0. Raises as ``__call__``."""
@@ -316,7 +363,7 @@ class ImageProcessor:
         wide = image.width > image.height
         new_long = int(size * long / short)
         start = (new_long - size) // 2
-        if _is_wasteful(image, size * max(long, new_long)):
+        if _is_wasteful(image.size, size * max(long, new_long)):
             return _resize_part(image, size, new_long, (start, start + size))
         image = image.resize((new_long, size) if wide else (size, new_long), _BICUBIC)
         return image.crop((start, 0, start + size, size) if wide else (0, start, size, start + size))
@@ -324,7 +371,7 @@ class ImageProcessor:
     def _pad_to_square(self, image: Image.Image) -> Image.Image:
         """The picture in the middle of a square of the background colour, then that square resized to S x S."""
         long = max(image.size)
-        if _is_wasteful(image, long * long):
+        if _is_wasteful(image.size, long * long):
             return self._pad_elongated(image)
         corner = ((long - image.width) // 2, (long - image.height) // 2)
         return _on_background(image, (long, long), corner, self.background).resize((self.size, self.size), _BICUBIC)
@@ -391,9 +438,9 @@ class ImageProcessor:
         return ImageProcessor(size, aspect or ("pad" if config.get("do_pad") else "square"), mean, std)
 
 
-def _is_wasteful(image: Image.Image, pixels: int) -> bool:
+def _is_wasteful(size: tuple[int, int], pixels: int) -> bool:
     """Whether the plain way, whose largest step has ``pixels`` pixels, would compute mostly what is thrown away."""
-    return max(image.size) > _ELONGATED * min(image.size) and pixels > _COSTLY
+    return max(size) > _ELONGATED * min(size) and pixels > _COSTLY
 
 
 def _resize_part(image: Image.Image, new_short: int, new_long: int, part: tuple[int, int]) -> Image.Image:

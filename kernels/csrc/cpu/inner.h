@@ -17,5 +17,8 @@ void swiglu_rows(const Swiglu &task, int64_t first, int64_t last);
 void swiglu_rows_backward(const Swiglu &task, int64_t first, int64_t last);
 void varlen_attention(const VarlenAttention &task, float *scratch);
 void varlen_attention_backward(const VarlenAttention &task, float *scratch);
+void across(const Across &task, const uint8_t *const *rows, uint8_t *out);
+void down(const Taps &taps, const uint8_t *const *rows, int64_t bytes, uint8_t *out);
+void normalise(const uint8_t *from, int64_t count, float scale, float shift, float *out);
 
 } // namespace lk::LK_INNER

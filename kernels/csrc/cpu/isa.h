@@ -130,6 +130,25 @@ constexpr int64_t flash_scratch(int64_t tokens, int64_t head_dim, bool backward)
                     : 2 * all + 2 * FLASH_BLOCK * width + FLASH_BLOCK * FLASH_BLOCK + MAX_HEAD_DIM;
 }
 
+// What one row or column of a resized picture is made of: `count` of those before, from `first` on, times weights in
+// units of 2^-22.
+struct Taps {
+    int64_t first, count;
+    const int32_t *weight;
+};
+// Rows of a picture that are resized in width at a time: a vector holds the same byte of several rows.
+constexpr int64_t PICTURE_ROWS = 16;
+struct Across {
+    int64_t pixel;       // bytes of one in the rows that are given, 3 or 4: red, green, blue
+    int64_t before;      // bytes of the canvas before those rows
+    int64_t bytes;       // of one row
+    uint8_t *turned;     // (bytes of the canvas, PICTURE_ROWS), the background where the rows do not reach
+    const Taps *taps;    // (columns,) in pixels of the canvas
+    int64_t columns;
+    int64_t plane;       // bytes from colour to colour of a result: columns rounded up to PICTURE_ROWS
+    uint8_t *made;       // (3 * plane, PICTURE_ROWS) scratch memory
+};
+
 struct Isa {
     const char *name;
     int lanes;
@@ -159,6 +178,13 @@ struct Isa {
     void (*swiglu_rows_backward)(const Swiglu &task, int64_t first, int64_t last);
     void (*varlen_attention)(const VarlenAttention &task, float *scratch);
     void (*varlen_attention_backward)(const VarlenAttention &task, float *scratch);
+
+    // PICTURE_ROWS rows in width; out (PICTURE_ROWS, 3, plane).
+    void (*across)(const Across &task, const uint8_t *const *rows, uint8_t *out);
+    // One row of `bytes` in height: the sum of taps.count rows, each times its weight.
+    void (*down)(const Taps &taps, const uint8_t *const *rows, int64_t bytes, uint8_t *out);
+    // out[i] = from[i] * scale + shift, rounded twice
+    void (*normalise)(const uint8_t *from, int64_t count, float scale, float shift, float *out);
 };
 // Floats of scratch memory that attend needs.
 constexpr int64_t ATTEND_SCRATCH = 2 * KEY_TILE * MAX_HEAD_DIM + MAX_QUERIES * (KEY_TILE + 2 * MAX_HEAD_DIM);
