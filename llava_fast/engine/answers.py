@@ -17,25 +17,35 @@ def deliver(sequence: Sequence, token: int, logprobs: Logprobs | None, row: int)
     Returns:
         Why the answer ends here, "stop" or "length"; None where it goes on.
     """
-    sampling, stream = sequence.sampling, sequence.text
     answered = sequence.known - sequence.asked
-    text, stopped, reason = "", False, None
-    if token in sequence.stop_ids and answered > sampling.min_tokens:
+    reason: str | None = None
+    if token in sequence.stop_ids and answered > sequence.sampling.min_tokens:
         reason = "stop"
-    else:
-        if stream.watches:
-            text, stopped = stream.push(token, may_stop=answered >= sampling.min_tokens)
-        if stopped:
-            reason = "stop"
-        elif answered == sequence.limit:
-            reason = "length"
-    if reason and stream.watches and not stopped:
-        text += stream.finish()
+    elif answered == sequence.limit:
+        reason = "length"
+    handle = sequence.job.handle
+    if sequence.plain and not sequence.text.watches:
+        handle._publish(sequence.index, token, reason)
+        return reason
+    text, reason = _spell(sequence, token, answered, reason)
     score = None
-    if logprobs is not None and sampling.logprobs is not None:
-        score = logprobs.of_token(row, token, sampling.logprobs)
-    sequence.job.handle._publish(sequence.index, token, reason, text, score)
+    if logprobs is not None and sequence.sampling.logprobs is not None:
+        score = logprobs.of_token(row, token, sequence.sampling.logprobs)
+    handle._publish(sequence.index, token, reason, text, score)
     return reason
+
+
+def _spell(sequence: Sequence, token: int, answered: int, reason: str | None) -> tuple[str, str | None]:
+    """The text that a token adds where stop texts are watched for, and why the answer ends with it, if it does."""
+    stream = sequence.text
+    if not stream.watches:
+        return "", reason
+    text = ""
+    if reason != "stop":  # the token that ends an answer is no text
+        text, stopped = stream.push(token, may_stop=answered >= sequence.sampling.min_tokens)
+        if stopped:
+            return text, "stop"
+    return (text + stream.finish() if reason else text), reason
 
 
 def keep_prompt_logprobs(sequence: Sequence, places: list[int], logprobs: Logprobs) -> None:

@@ -340,6 +340,7 @@ class Engine:
         for sequence, places, logprobs in step.prompts:
             if not sequence.finished:
                 keep_prompt_logprobs(sequence, places, logprobs)
+        stats = self._stats
         for row, (sequence, token) in enumerate(zip(step.sequences, step.tokens.tolist(), strict=True)):
             sequence.append(token)
             if sequence.finished:  # cancelled, or it had ended with the token before
@@ -349,8 +350,8 @@ class Engine:
             job = sequence.job
             if not job.answered:
                 job.answered = True
-                self._stats.count_first_token(job.handle._first_token(job.submitted))
-            self._stats.generated_tokens += 1
+                stats.count_first_token(job.handle._first_token(job.submitted))
+            stats.generated_tokens += 1
             reason = deliver(sequence, token, step.logprobs, row)
             if reason:
                 self._scheduler.remove(sequence)

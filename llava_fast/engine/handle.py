@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from threading import Condition
+from threading import Condition, Lock
 
 from llava_fast.engine.prompt import Prompt
 from llava_fast.engine.request import Completion, Delta, Output, TokenLogprob
 from llava_fast.engine.text import TextStream
 from llava_fast.errors import CancelledError
+
+Waiting = tuple[asyncio.AbstractEventLoop, asyncio.Event]
 
 
 class Handle:
@@ -27,12 +29,14 @@ class Handle:
         self._completion = Completion(request_id, [Output(index) for index in range(n)])
         self._cancel: Callable[[], None] = _nothing
         self._drive = drive  # without a thread of the engine's own, who waits works
-        self._changed = Condition()
-        self._asleep = 0  # threads that wait for a change
+        self._lock = Lock()
+        self._news_came, self._ended = Condition(self._lock), Condition(self._lock)
+        self._asleep = 0  # threads that wait for news; who waits for the end is not woken by every token
         self._texts: list[TextStream] = []  # of each answer
         self._given = [(0, 0)] * n  # tokens and characters of each answer that deltas have given
         self._news: dict[int, None] = {}  # the answers with more than that, in order
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._waiting: list[Waiting] = []  # tasks that wait for news
+        self._waiting_for_end: list[Waiting] = []
         self._done = False
         self._callbacks: list[Callable[[Handle], None]] = []
 
@@ -49,7 +53,7 @@ class Handle:
 
     def take(self) -> list[Delta]:
         """What is new by now, one delta an answer, which no iterator will give again; waits for none."""
-        with self._changed:
+        with self._lock:
             return [self._delta() for _ in range(len(self._news))]
 
     def result(self, timeout: float | None = None) -> Completion:
@@ -64,13 +68,13 @@ class Handle:
             ImageError: one of its images cannot be used.
             EngineClosedError: the engine was closed before it was done.
         """
-        self._wait(lambda: self._done, timeout)
+        self._wait_until_done(timeout)
         return self._outcome()
 
     def add_done_callback(self, act: Callable[[Handle], None]) -> None:
         """Call ``act(handle)`` once nothing more will come, from the thread that ends it; at once where that has
         happened. It should be short and must not raise."""
-        with self._changed:
+        with self._lock:
             if not self._done:
                 self._callbacks.append(act)
                 return
@@ -79,21 +83,21 @@ class Handle:
     def __iter__(self) -> Iterator[Delta]:
         """The deltas of all answers as they come. Raises as :meth:`result` when the request fails."""
         while True:
-            self._wait(lambda: bool(self._news) or self._done, None)
+            self._wait(lambda: bool(self._news) or self._done, self._news_came)
             if (delta := self._next()) is None:
                 return
             yield delta
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while True:
-            await self._async_wait(lambda: bool(self._news) or self._done)
+            await self._async_wait(lambda: bool(self._news) or self._done, self._waiting)
             if (delta := self._next()) is None:
                 return
             yield delta
             await asyncio.sleep(0)  # who reads more slowly than the engine writes never waits: others must have a turn
 
     def __await__(self) -> Generator[None, None, Completion]:
-        yield from self._async_wait(lambda: self._done).__await__()
+        yield from self._async_wait(lambda: self._done, self._waiting_for_end).__await__()
         return self._outcome()
 
     def __enter__(self) -> Handle:
@@ -110,7 +114,7 @@ class Handle:
 
     def _next(self) -> Delta | None:
         """What is new in one answer; None at the end."""
-        with self._changed:
+        with self._lock:
             if self._news:
                 return self._delta()
         self._outcome()
@@ -147,10 +151,13 @@ class Handle:
             raise self._completion.error
         return self._completion
 
-    def _wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
+    def _wait_until_done(self, timeout: float | None = None) -> None:
+        self._wait(lambda: self._done, self._ended, timeout)
+
+    def _wait(self, ready: Callable[[], bool], signal: Condition, timeout: float | None = None) -> None:
         until = None if timeout is None else time.monotonic() + timeout
         while True:
-            with self._changed:
+            with self._lock:
                 if ready():
                     return
                 left = None if until is None else until - time.monotonic()
@@ -158,25 +165,22 @@ class Handle:
                     raise TimeoutError(f"request {self.request_id!r} is not done after {timeout} s; it goes on")
                 drive = self._drive
                 if drive is None:
-                    self._asleep += 1
-                    self._changed.wait(left)
-                    self._asleep -= 1
+                    self._asleep += signal is self._news_came
+                    signal.wait(left)
+                    self._asleep -= signal is self._news_came
                     continue
             drive()
 
-    async def _async_wait(self, ready: Callable[[], bool]) -> None:
+    async def _async_wait(self, ready: Callable[[], bool], waiting: list[Waiting]) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if ready():
                     return
                 event = asyncio.Event()
-                self._waiting.append((asyncio.get_running_loop(), event))
+                waiting.append((asyncio.get_running_loop(), event))
             await event.wait()
 
     # ---- the engine's side
-
-    def _wait_until_done(self) -> None:
-        self._wait(lambda: self._done, None)
 
     def _on_cancel(self, act: Callable[[], None]) -> None:
         self._cancel = act
@@ -198,7 +202,7 @@ class Handle:
         self, index: int, token: int, reason: str | None, text: str = "", score: TokenLogprob | None = None
     ) -> None:
         """A new token of an answer; ``text``: where its stream watches."""
-        with self._changed:
+        with self._lock:
             if self._done:
                 return
             output = self._completion.outputs[index]
@@ -209,12 +213,14 @@ class Handle:
             if score is not None:
                 output.logprobs.append(score)
             self._news[index] = None
-            if self._asleep or self._waiting:
-                self._wake()
+            if self._asleep:
+                self._news_came.notify_all()
+            if self._waiting:
+                _wake(self._waiting)
 
     def _finish(self, error: Exception | None, total_s: float | None = None) -> bool:
         """Returns whether this call was the one that ended it."""
-        with self._changed:
+        with self._lock:
             if self._done:
                 return False
             for index in range(len(self._texts)):
@@ -223,19 +229,23 @@ class Handle:
             self._done = True
             self._cancel, self._drive = _nothing, None  # the engine must not be kept by what it has finished
             callbacks, self._callbacks = self._callbacks, []
-            self._wake()
+            self._news_came.notify_all()
+            self._ended.notify_all()
+            _wake(self._waiting)
+            _wake(self._waiting_for_end)
         for act in callbacks:
             act(self)
         return True
 
-    def _wake(self) -> None:
-        self._changed.notify_all()
-        waiting, self._waiting = self._waiting, []
-        for loop, event in waiting:
-            try:
-                loop.call_soon_threadsafe(event.set)
-            except RuntimeError:  # that loop was closed; nobody waits any more
-                continue
+
+def _wake(waiting: list[Waiting]) -> None:
+    """Wake the tasks; none waits any more."""
+    for loop, event in waiting:
+        try:
+            loop.call_soon_threadsafe(event.set)
+        except RuntimeError:  # that loop was closed; nobody waits any more
+            continue
+    waiting.clear()
 
 
 def _nothing() -> None:

@@ -75,7 +75,7 @@ class NativeDecoder:
         return None
 
     def __call__(self, x: Tensor, inputs: StepInputs, rows: Tensor | None = None) -> Tensor:
-        """x: (T, D) embeddings -> (T, D) float32 before the final norm, or (n, D) of ``rows`` (n,) int64, which ascend."""
+        """x: (T, D) embeddings -> (T, D) float32 before the final norm; (n, D) of ``rows`` (n,) int64, ascending."""
         x, arrays = x.contiguous(), inputs.arrays
         outputs = x.shape[0] if rows is None else len(rows)
         hidden = torch.empty(max(outputs, 1), x.shape[1])  # nothing has no address

@@ -105,9 +105,7 @@ class Runner:
         """Start one step. On CUDA it returns before the step is done."""
         with self.on_stream():
             reading = [c for c in chunks if not c.sequence.on_device]
-            for chunk in reading:
-                if chunk.sequence.written == 0:
-                    self.sampler.admit(chunk.sequence)
+            self.sampler.admit([c.sequence for c in reading if c.sequence.written == 0])
             self._see([image for c in reading for image in self._needed(c)])
             inputs = build(chunks, self.tables, self.config.block_size)
             recorded = self.decode_graphs is not None and inputs.only_decodes

@@ -54,15 +54,21 @@ class Sampler:
         self._counts: Tensor | None = None  # (rows + 1, V) int32, how often the answer holds each id
         self._in_prompt: Tensor | None = None  # (rows + 1, V) bool
 
-    def admit(self, sequence: Sequence) -> None:
-        """Fill the row of a sequence that begins, or begins again."""
-        sampling, row = sequence.sampling, sequence.slot
-        settings = np.array([getattr(sampling, name) for name in COLUMNS], dtype=np.float32)
-        sent = upload({"settings": settings, "seed": np.array([sequence.seed], dtype=np.int64)}, self.device)
-        self._settings[row] = sent["settings"]
-        self._seeds[row] = sent["seed"][0]
-        if sampling.penalizes:
-            self._count_tokens(sequence)
+    def admit(self, sequences: list[Sequence]) -> None:
+        """Fill the rows of sequences that begin, or begin again."""
+        if not sequences:
+            return
+        arrays: dict[str, np.ndarray] = {
+            "rows": np.array([s.slot for s in sequences], dtype=np.int64),
+            "settings": np.array([[getattr(s.sampling, name) for name in COLUMNS] for s in sequences], dtype=np.float32),
+            "seeds": np.array([s.seed for s in sequences], dtype=np.int64),
+        }
+        sent = upload(arrays, self.device)
+        self._settings.index_copy_(0, sent["rows"], sent["settings"])
+        self._seeds.index_copy_(0, sent["rows"], sent["seeds"])
+        for sequence in sequences:
+            if sequence.sampling.penalizes:
+                self._count_tokens(sequence)
 
     def _count_tokens(self, sequence: Sequence) -> None:
         if self._counts is None or self._in_prompt is None:

@@ -73,13 +73,15 @@ class Scheduler:
 
     def advance(self, chunks: list[Chunk]) -> None:
         """The step with these chunks has been launched."""
+        size = self.block_size
         for chunk in chunks:
             sequence = chunk.sequence
-            sequence.computed = chunk.start + chunk.count
+            before, sequence.computed = chunk.start, chunk.start + chunk.count
             if chunk.draws:
                 sequence.length += 1
                 sequence.on_device = True
-            self.publish(sequence)
+            if before // size != sequence.computed // size:
+                self.publish(sequence)
 
     def publish(self, sequence: Sequence) -> None:
         """Let others find the full blocks of a running sequence whose tokens are computed and known."""
