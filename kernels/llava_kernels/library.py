@@ -183,7 +183,7 @@ class Handle:
         library = load()
         if library is None:
             raise LibraryError(f"{NAME} is not to be had; install llava_fast where there is a C++ compiler")
-        self.library = library
+        self.library, self._linear_args = library, LinearArgs()
         if library.lk_create(byref(self._handle), -1):
             raise LibraryError(library.lk_last_error(None).decode())
         self.threads = threads or default_threads()
@@ -205,16 +205,10 @@ class Handle:
             LibraryError: a size that cannot be.
         """
         out = x.new_empty(x.shape[0], weight.out_features)
-        args = LinearArgs(
-            dtype=DTYPES[x.dtype],
-            rows=x.shape[0],
-            weight=weight,
-            x=x.data_ptr(),
-            x_stride=x.stride(0),
-            out=out.data_ptr(),
-        )
-        if bias is not None:
-            args.bias = bias.data_ptr()
+        args = self._linear_args  # made once: making one takes as long as a small product
+        args.dtype, args.rows, args.weight = DTYPES[x.dtype], x.shape[0], weight
+        args.x, args.x_stride, args.out = x.data_ptr(), x.stride(0), out.data_ptr()
+        args.bias = None if bias is None else bias.data_ptr()
         self.check(self.library.lk_linear(self._handle, byref(args), None))
         return out
 

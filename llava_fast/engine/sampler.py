@@ -58,9 +58,10 @@ class Sampler:
         """Fill the rows of sequences that begin, or begin again."""
         if not sequences:
             return
+        settings = [[getattr(s.sampling, name) for name in COLUMNS] for s in sequences]
         arrays: dict[str, np.ndarray] = {
             "rows": np.array([s.slot for s in sequences], dtype=np.int64),
-            "settings": np.array([[getattr(s.sampling, name) for name in COLUMNS] for s in sequences], dtype=np.float32),
+            "settings": np.array(settings, dtype=np.float32),
             "seeds": np.array([s.seed for s in sequences], dtype=np.int64),
         }
         sent = upload(arrays, self.device)

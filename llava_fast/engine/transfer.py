@@ -55,7 +55,7 @@ def download(tensor: Tensor) -> Tensor:
 def gather(table: Tensor, rows: Tensor) -> Tensor:
     """table (V, D), rows (n,) -> (n, D). On a CPU by numpy: torch would wake threads, which then keep a core busy as
     they wait for more."""
-    if table.is_cuda:
+    if table.device.type != "cpu":
         return table.index_select(0, rows)
     words = table.detach() if table.dtype == torch.float32 else table.detach().view(torch.int16)
     return torch.from_numpy(words.numpy().take(rows.numpy(), axis=0)).view(table.dtype)

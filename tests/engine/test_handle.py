@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -133,6 +134,34 @@ def test_a_reader_on_a_loop_is_woken(tokenizer):
         return await reading
 
     assert joined(asyncio.run(both()), 0).text == "red"
+
+
+def test_who_waits_for_the_end_is_not_woken_by_tokens(tokenizer, monkeypatch):
+    """A thread and a task: being woken takes the interpreter from the thread that makes the tokens."""
+    handle, waits = made(tokenizer), []
+    wait = handle._ended.wait
+    monkeypatch.setattr(handle._ended, "wait", lambda seconds: (waits.append(seconds), wait(seconds)))
+    thread = Thread(target=handle.result)
+    thread.start()
+
+    async def main() -> None:
+        async def end():
+            return await handle
+
+        ending = asyncio.create_task(end())
+        while not (waits and handle._waiting_for_end):
+            await asyncio.sleep(0.001)
+        ((_, event),) = handle._waiting_for_end
+        for token in tokenizer.encode("red", prefix=False)[0]:
+            handle._publish(0, token, None)
+        await asyncio.sleep(0.02)
+        assert not event.is_set() and len(waits) == 1 and thread.is_alive()
+        handle._finish(None)
+        assert (await ending).text == "red"
+
+    asyncio.run(main())
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_who_reads_more_slowly_than_the_engine_writes_can_be_cancelled(tokenizer):

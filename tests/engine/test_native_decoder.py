@@ -31,8 +31,9 @@ def model(dtype: torch.dtype = torch.float32, kv_heads: int = 2) -> lf.Llava:
     return made
 
 
-def answers(made: lf.Llava, choice: str, **budgets) -> list[lf.Completion]:
-    """Mixed lengths, with and without a picture, in a cache that is too small for all of them at once."""
+def answers(made: lf.Llava, choice: str, scored: bool = True, **budgets) -> list[lf.Completion]:
+    """Mixed lengths, with and without a picture, in a cache that is too small for all of them at once. scored: prompts
+    too, for which all of their tokens go through the last layer."""
     rng, requests = np.random.default_rng(0), []
     for i in range(12):
         words = [
@@ -41,7 +42,8 @@ def answers(made: lf.Llava, choice: str, **budgets) -> list[lf.Completion]:
             *rng.integers(10, 600, int(rng.integers(1, 150))).tolist(),
         ]
         picture = [rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)] * (i % 2)
-        sampling = lf.SamplingParams(max_tokens=int(rng.integers(1, 30)), ignore_eos=True, prompt_logprobs=0)
+        wanted = 0 if scored else None
+        sampling = lf.SamplingParams(max_tokens=int(rng.integers(1, 30)), ignore_eos=True, prompt_logprobs=wanted)
         requests.append(lf.Request(token_ids=words, images=picture, sampling=sampling))
     processor = Processor.from_config(made.config, Tokenizer.load(TOKENIZER))
     config = lf.EngineConfig(**{"kv_cache_bytes": 1 << 20, "max_sequences": 8, "max_step_tokens": 100, **budgets})
@@ -50,10 +52,11 @@ def answers(made: lf.Llava, choice: str, **budgets) -> list[lf.Completion]:
         return engine.generate(requests)
 
 
+@pytest.mark.parametrize("scored", [True, False])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_the_same_tokens_in_float32(kv_heads):
+def test_the_same_tokens_in_float32(kv_heads, scored):
     made = model(kv_heads=kv_heads)
-    ours, theirs = answers(made, "native"), answers(made, "reference")
+    ours, theirs = answers(made, "native", scored), answers(made, "reference")
     assert [c.token_ids for c in ours] == [c.token_ids for c in theirs]
 
 

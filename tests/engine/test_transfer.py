@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_fast.engine.transfer import ALIGNMENT, download, layout, upload, views
+from llava_fast.engine.transfer import ALIGNMENT, download, gather, layout, upload, views
 
 ARRAYS = {
     "ids": np.arange(5, dtype=np.int64) - 3,
@@ -38,3 +38,11 @@ def test_upload_and_download(device):
         if device == "cuda":
             torch.cuda.synchronize()
         assert torch.equal(back, torch.from_numpy(ARRAYS[name].copy())), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gather_is_indexing(dtype):
+    table, rows = torch.randn(9, 4).to(dtype).requires_grad_(), torch.tensor([3, 0, 8, 3])
+    found = gather(table, rows)
+    assert found.dtype == dtype and torch.equal(found, table.detach()[rows])
+    assert gather(table, rows[:0]).shape == (0, 4)
