@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from threading import Condition, Lock
+from threading import Condition, RLock
 
 from llava_fast.engine.prompt import Prompt
 from llava_fast.engine.request import Completion, Delta, Output, TokenLogprob
@@ -29,7 +29,7 @@ class Handle:
         self._completion = Completion(request_id, [Output(index) for index in range(n)])
         self._cancel: Callable[[], None] = _nothing
         self._drive = drive  # without a thread of the engine's own, who waits works
-        self._lock = Lock()
+        self._lock = RLock()  # a signal may cancel while its thread is inside
         self._news_came, self._ended = Condition(self._lock), Condition(self._lock)
         self._asleep = 0  # threads that wait for news; who waits for the end is not woken by every token
         self._texts: list[TextStream] = []  # of each answer

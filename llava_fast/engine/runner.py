@@ -132,7 +132,7 @@ class Runner:
         if inputs.only_decodes:
             return self._head(self._hidden(inputs, sent)), []
         rows = sent["logit_rows"]
-        if not any(c.sequence.scored < len(c.sequence.prompt.ids) for c in inputs.chunks):
+        if not any(c.sequence.scored < c.sequence.asked for c in inputs.chunks):
             hidden = self._hidden(inputs, sent, rows)
             return self._head(hidden) if len(rows) else None, []
         hidden = self._hidden(inputs, sent)
