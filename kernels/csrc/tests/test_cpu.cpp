@@ -308,7 +308,8 @@ static void decode(lk_handle *handle) {
             }
         step.outputs = 0;
         CHECK(lk_decoder_step(tiny.decoder, &step) == LK_OK);
-        last.push_back(step.tokens), step.outputs = (int64_t)last.size(); // refused: there is no such token
+        last.push_back(step.tokens); // refused: there is no such token
+        step.rows = last.data(), step.outputs = (int64_t)last.size();
         CHECK(lk_decoder_step(tiny.decoder, &step) == LK_INVALID_ARGUMENT);
         last.back() = last[0];
         CHECK(lk_decoder_step(tiny.decoder, &step) == LK_INVALID_ARGUMENT);
