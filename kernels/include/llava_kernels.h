@@ -169,8 +169,11 @@ typedef struct lk_weight {
     const void *data;
     int64_t row_stride;                     /* of the float formats; 0: contiguous */
     const float *scale;                     /* (out_features,) of the codes */
-    const void *group_scale, *group_offset; /* (groups, out_features) bfloat16, of 4 bits */
+    const void *group_scale, *group_offset; /* (groups, out_features) bfloat16, of 4 bits; may be NULL beside group_pairs */
     int64_t group_size;                     /* of 4 bits: 64, 128 or 256 */
+    const uint32_t *group_pairs;            /* of 4 bits: (out_features, groups rounded up to a multiple of 8), scales in
+                                             * the upper halves, offsets in the lower; 0 where there is no group. Read
+                                             * with the codes, in one stream: faster. NULL: there is none */
 } lk_weight;
 
 /* x W^T + b, added up in float32 (int8 and int4: in integers within a group). */

@@ -36,6 +36,7 @@ class Weight(Structure):
         ("group_scale", c_void_p),
         ("group_offset", c_void_p),
         ("group_size", c_int64),
+        ("group_pairs", c_void_p),
     ]
 
 
@@ -266,7 +267,8 @@ def int8_weight(weight: llava_kernels.Int8Weight) -> Weight:
     )
 
 
-def int4_weight(weight: llava_kernels.Int4Weight) -> Weight:
+def int4_weight(weight: llava_kernels.Int4Weight, pairs: Tensor | None = None) -> Weight:
+    """pairs: of :func:`group_pairs`, for a weight that is used more than once."""
     return Weight(
         format=3,
         out_features=weight.words.shape[0],
@@ -276,4 +278,14 @@ def int4_weight(weight: llava_kernels.Int4Weight) -> Weight:
         group_scale=weight.scale.data_ptr(),
         group_offset=weight.offset.data_ptr(),
         group_size=weight.group_size,
+        group_pairs=None if pairs is None else pairs.data_ptr(),
     )
+
+
+def group_pairs(weight: llava_kernels.Int4Weight) -> Tensor:
+    """(N, groups rounded up to a multiple of 8) int32: scales in the upper halves, offsets in the lower, so that a row of
+    the weight has its own beside each other."""
+    groups, features = weight.scale.shape
+    halves = torch.zeros(features, -(-groups // 8) * 8, 2, dtype=torch.bfloat16)
+    halves[:, :groups, 0], halves[:, :groups, 1] = weight.offset.T, weight.scale.T  # the lower half lies first
+    return halves.view(torch.int32).squeeze(-1)

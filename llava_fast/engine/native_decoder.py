@@ -25,7 +25,8 @@ class NativeDecoder:
     def __init__(self, model: Llava, cache: KVCache, max_length: int):
         decoder, text = model.decoder, model.config.text
         cos, sin = (table.contiguous() for table in decoder.angles(torch.arange(max_length)))
-        described = [_layer(*of) for of in zip(decoder.layers, cache.layers, strict=True)]
+        pairs: list[Tensor] = []  # which the weights of 4 bits get for this decoder
+        described = [_layer(*of, pairs) for of in zip(decoder.layers, cache.layers, strict=True)]
         layers = (library.Layer * len(described))(*described)
         keys = cache.layers[0][0]  # (blocks, block_size, kv_heads, head_dim)
         args = library.DecoderArgs(
@@ -39,7 +40,7 @@ class NativeDecoder:
             eps=text.rms_norm_eps,
             layer=layers,
             norm=decoder.norm.weight.data_ptr(),
-            head=_weight(model.lm_head) if model.lm_head is not None else library.float_weight(decoder.embed_tokens),
+            head=_weight(model.lm_head, pairs) if model.lm_head is not None else library.float_weight(decoder.embed_tokens),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             positions=max_length,
@@ -52,7 +53,7 @@ class NativeDecoder:
         self.vocab_size = text.vocab_size
         self.handle = library.Handle()
         self.instructions, self.threads = self.handle.instructions, self.handle.threads
-        self._decoder = library.Decoder(self.handle, args, keep=(model, cache, cos, sin, layers))
+        self._decoder = library.Decoder(self.handle, args, keep=(model, cache, cos, sin, layers, pairs))
 
     @staticmethod
     def misfit(model: Llava) -> str | None:
@@ -107,8 +108,8 @@ class NativeDecoder:
         return logits
 
 
-def _layer(layer: Any, cache: tuple[Tensor, Tensor]) -> library.Layer:
-    """layer: a DecoderLayer; cache: its keys and values."""
+def _layer(layer: Any, cache: tuple[Tensor, Tensor], pairs: list[Tensor]) -> library.Layer:
+    """layer: a DecoderLayer; cache: its keys and values; pairs: gets what is made for its weights and must be kept."""
     described = library.Layer(
         attention_norm=layer.attention_norm.weight.data_ptr(),
         mlp_norm=layer.mlp_norm.weight.data_ptr(),
@@ -116,17 +117,18 @@ def _layer(layer: Any, cache: tuple[Tensor, Tensor]) -> library.Layer:
         v_cache=cache[1].data_ptr(),
     )
     for name in ("qkv", "out", "gate_up", "down"):
-        setattr(described, name, _weight(getattr(layer, name)))
+        setattr(described, name, _weight(getattr(layer, name), pairs))
     return described
 
 
-def _weight(linear: torch.nn.Module) -> library.Weight:
+def _weight(linear: torch.nn.Module, pairs: list[Tensor]) -> library.Weight:
     if isinstance(linear, QuantizedLinear):
         packed = linear.packed
         if isinstance(packed, Int8Weight):
             return library.int8_weight(packed)
         assert isinstance(packed, Int4Weight)
-        return library.int4_weight(packed)
+        pairs.append(library.group_pairs(packed))
+        return library.int4_weight(packed, pairs[-1])
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return library.float_weight(weight)

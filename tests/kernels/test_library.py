@@ -33,13 +33,14 @@ def described(kind: str, weight: torch.Tensor) -> tuple[library.Weight, torch.Te
         int8 = quantize_int8(weight)
         return library.int8_weight(int8), dequantize_int8(int8), int8
     if kind.startswith("int4"):
-        int4 = quantize_int4(weight, int(kind[5:]))
-        return library.int4_weight(int4), dequantize_int4(int4), int4
+        int4 = quantize_int4(weight, int(kind.split()[1]))
+        pairs = library.group_pairs(int4) if kind.endswith("pairs") else None
+        return library.int4_weight(int4, pairs), dequantize_int4(int4), (int4, pairs)
     kept = weight.to(getattr(torch, kind))
     return library.float_weight(kept), kept, kept
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4 64", "int4 128"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4 64", "int4 64 pairs", "int4 128 pairs"])
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_linear(instructions, kind, threads):
@@ -58,6 +59,13 @@ def test_linear(instructions, kind, threads):
                 features,
                 width,
             )
+
+
+def test_pairs_hold_scales_and_offsets_side_by_side():
+    weight = quantize_int4(torch.randn(6, 700, generator=torch.Generator().manual_seed(0)), 64)  # 11 groups
+    halves = library.group_pairs(weight).view(torch.bfloat16).view(6, 16, 2)  # the lower half of a word lies first
+    assert torch.equal(halves[:, :11, 1], weight.scale.T) and torch.equal(halves[:, :11, 0], weight.offset.T)
+    assert not halves[:, 11:].any()
 
 
 def test_linear_in_bfloat16():

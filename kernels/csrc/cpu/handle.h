@@ -87,17 +87,34 @@ const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, 
 // Features that parts of a product have a multiple of: whole tiles, or what the other kernels take at a time.
 inline int64_t unit_of(const Panel &panel, int64_t unit) { return panel.layout == IN_TILES ? 32 : unit; }
 
+// Where the next of one block's parts of a product begins: large ones first, so that rows of a weight are read in long runs,
+// small ones at the end, so that no thread waits long for the last.
+inline int64_t next_part(int64_t first, int64_t features, int64_t threads, int64_t unit) {
+    const int64_t share = cdiv(3 * (features - first), 4 * threads), smallest = cdiv(features, 16 * threads);
+    const int64_t next = first + cdiv(share > smallest ? share : smallest, unit) * unit;
+    return next < features ? next : features;
+}
+
 // Calls body(first_row, rows, first, count, thread) for parts of a (rows, features) product that together cover it.
 // Parts have a multiple of `unit` features, but for the last, and at most ROW_BLOCK rows.
 template <class F>
 void share_product(lk_cpu &cpu, int64_t rows, int64_t features, int64_t unit, F &&body) {
     const int64_t threads = cpu.pool->threads(), row_blocks = cdiv(rows, ROW_BLOCK);
-    const int64_t wanted = threads == 1 ? 1 : cdiv(4 * threads, row_blocks);
-    const int64_t part = cdiv(cdiv(features, wanted), unit) * unit, parts = cdiv(features, part);
-    cpu.pool->each(row_blocks * parts, [&](int64_t task, int thread) {
-        const int64_t row = task % row_blocks * ROW_BLOCK, first = task / row_blocks * part; // a part stays in the cache
-        body(row, rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK, first, features - first < part ? features - first : part,
-             thread);
+    if (threads == 1 || row_blocks > 1) {
+        const int64_t wanted = threads == 1 ? 1 : cdiv(4 * threads, row_blocks);
+        const int64_t part = cdiv(cdiv(features, wanted), unit) * unit, parts = cdiv(features, part);
+        return cpu.pool->each(row_blocks * parts, [&](int64_t task, int thread) {
+            const int64_t row = task % row_blocks * ROW_BLOCK, first = task / row_blocks * part; // a part stays in the cache
+            body(row, rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK, first,
+                 features - first < part ? features - first : part, thread);
+        });
+    }
+    int64_t parts = 0;
+    for (int64_t first = 0; first < features; parts++) first = next_part(first, features, threads, unit);
+    cpu.pool->each(parts, [&](int64_t task, int thread) { // the pool begins with the last task
+        int64_t first = 0;
+        for (int64_t i = parts - 1; i > task; i--) first = next_part(first, features, threads, unit);
+        body(int64_t{0}, rows, first, next_part(first, features, threads, unit) - first, thread);
     });
 }
 

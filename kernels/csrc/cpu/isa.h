@@ -8,6 +8,8 @@
 namespace lk {
 
 constexpr int64_t QUANTUM = 128; // values of K that share a scale in an activation met by int8 weights
+constexpr int64_t PAIRS = 8;      // groups of a feature whose scales and offsets are read at a time
+constexpr int64_t MAX_GROUPS = 8192; // of K in a weight of 4 bits with no group_pairs
 constexpr int64_t ROW_BLOCK = 64; // rows of activations that a task multiplies at most
 constexpr int64_t TILE_ROWS = 5;  // from so many on codes of weights are worth making bfloat16 for tiles
 constexpr int64_t MANY_ROWS = 8;  // from so many on (and no fewer than lanes) float weights meet them side by side
@@ -25,14 +27,15 @@ struct Panel {
     Layout layout;
     int64_t rows;
     int64_t stride; // of `values` and `codes` from row to row: K rounded up, the rest 0
-    int64_t groups; // of `scale` and `total` from row to row
+    int64_t groups; // of `scale` from row to row
+    int64_t totals; // of `total` from row to row: groups rounded up to a multiple of PAIRS, the rest 0
     union {
         float *values;    // float weights
         uint16_t *halves; // the same, IN_TILES
     };
     int16_t *codes; // quantised weights: value = scale * code, those of a group in the order of the weight's words
     float *scale;   // (rows, groups)
-    float *total;   // (rows, groups) sum of a group's values; for int8 the first is that of the whole row;
+    float *total;   // (rows, totals) sum of a group's values; for int8 the first is that of the whole row;
                     // IN_TILES: (rows / 16, groups, 16), for int4 alone
 };
 

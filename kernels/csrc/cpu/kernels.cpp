@@ -81,14 +81,14 @@ void prepare(const lk_weight &weight, const Source &source, int64_t first, int64
         normalise(source, scaling_of(source, x, width), 0, width, values);
         memset(values + width, 0, (size_t)(panel.stride - width) * sizeof(float));
         if (weight.format == LK_WEIGHT_BFLOAT16) part_pairs(values, panel.stride);
-        float all_of_them = 0;
+        float all_of_them = 0, *total = panel.total + row * panel.totals;
         for (int64_t g = 0; coded && g < panel.groups; g++) {
-            const int64_t at = row * panel.groups + g;
             encode(values + g * group, group, weight.format == LK_WEIGHT_INT8 ? 2 : 4,
-                   panel.codes + row * panel.stride + g * group, panel.scale + at, panel.total + at);
-            all_of_them += panel.total[at];
+                   panel.codes + row * panel.stride + g * group, panel.scale + row * panel.groups + g, total + g);
+            all_of_them += total[g];
         }
-        if (weight.format == LK_WEIGHT_INT8) panel.total[row * panel.groups] = all_of_them;
+        for (int64_t g = panel.groups; coded && g < panel.totals; g++) total[g] = 0;
+        if (weight.format == LK_WEIGHT_INT8) total[0] = all_of_them;
     }
 }
 
@@ -314,41 +314,14 @@ void many_rows(const lk_weight &weight, const float *x, int64_t stride, int64_t 
 
 // ---- products with weights of 8 and 4 bits, whose layout is that of quantized_linear.py; integers throughout a group
 
-// What a part of the features of a 4-bit weight and of its groups needs besides the codes.
-constexpr int64_t PART = 48, GROUPS = 96, WIDEST = 8 * PART;
-struct Scales {
-    int64_t part;                       // features: PART, or more where there are few groups and few rows of x
-    float scale[GROUPS * PART];         // (groups, part)
-    float base[lk::ROW_BLOCK * PART];   // (rows, part): what the offsets come to
-};
-
-void read_scales(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t n, int64_t count,
-                 int64_t group, int64_t groups, Scales &scales) {
-    const uint16_t *scale = (const uint16_t *)weight.group_scale, *offset = (const uint16_t *)weight.group_offset;
-    const int64_t part = scales.part;
-    float offsets[WIDEST] = {};
-    memset(scales.base, 0, (size_t)(rows * part) * sizeof(float));
-    for (int64_t g = 0; g < groups; g++) {
-        const int64_t at = (group + g) * weight.out_features + n;
-        to_float(LK_BFLOAT16, scale + at, scales.scale + g * part, count);
-        to_float(LK_BFLOAT16, offset + at, offsets, count);
-        for (int64_t ahead = part; ahead < 2 * part; ahead += 32) { // the next part's, which lie nowhere near each other
-            __builtin_prefetch(scale + at + ahead);
-            __builtin_prefetch(offset + at + ahead);
-        }
-        for (int64_t m = 0; m < rows; m++) {
-            const float own = panel.total[(row + m) * panel.groups + group + g];
-            float *base = scales.base + m * part;
-            for (int64_t i = 0; i < part; i += L) store(base + i, load<vf>(base + i) + load<vf>(offsets + i) * own);
-        }
-    }
-}
+typedef uint32_t u8 __attribute__((vector_size(32)));
 
 template <int WORDS>
 struct Wide {
     using Words = h16;
     using Sums = i8;
     using Floats = f8;
+    using Bits = u8;
     static INLINE f8 halved(f8 x) { return x; }
 };
 #if LK_LANES == 16
@@ -357,100 +330,116 @@ struct Wide<32> {
     using Words = h32;
     using Sums = i16;
     using Floats = vf;
+    using Bits = vu;
     static INLINE f8 halved(vf x) {
         return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
     }
 };
 #endif
 
-// M rows of x and N of the weight, over some groups of K. Words of 16 bits hold as many codes in each of their planes, which
-// meet as many neighbours of x.
-template <int BITS, int WORDS, int M, int N>
-void coded_tile(const lk_weight &weight, int64_t n, int64_t apart, const Panel &panel, int64_t row, int64_t group,
-                int64_t groups, const Scales *scales, const float *base, int64_t in_part, float *out, int64_t out_stride,
-                bool add) {
+// M rows of x and N of the weight's, which lie `apart` rows from each other, then `count` times all of these again one row
+// further on. Words of 16 bits hold as many codes in each of their planes, which meet as many neighbours of x. SIZE values
+// of K are a group's. pairs: as lk_weight.group_pairs, from row n on.
+template <int BITS, int WORDS, int SIZE, int M, int N>
+__attribute__((noinline)) // one large function would have too few registers for the inner loops
+void coded_tiles(const lk_weight &weight, const uint32_t *pairs, int64_t n, int64_t apart, int64_t count, const Panel &panel,
+                 int64_t row, float *out, int64_t out_stride, bool add) {
     using Words = typename Wide<WORDS>::Words;
     using Sums = typename Wide<WORDS>::Sums;
     using Floats = typename Wide<WORDS>::Floats;
-    constexpr int PLANES = 16 / BITS, CODES = WORDS * PLANES;
-    const int64_t size = panel.stride / panel.groups, bytes = panel.stride * BITS / 8;
-    const uint8_t *w = (const uint8_t *)weight.data + n * bytes + group * size * BITS / 8;
-    const int64_t next = apart * bytes;
-    const int16_t *x = panel.codes + row * panel.stride + group * size;
-    Floats real[M][N] = {};
-    for (int64_t g = 0; g < groups; g++) {
-        const int64_t at = row * panel.groups + group + g;
-        Sums total[M][N] = {};
-        for (int64_t k = 0; k < size; k += CODES, w += 2 * WORDS, x += CODES) {
-            Words words[N], codes[N];
-            for (int i = 0; i < N; i++) {
-                words[i] = load<Words>(w + i * next);
-                if (BITS == 4 && (WORDS == 32 || k % (2 * CODES) == 0)) __builtin_prefetch(w + i * next + 1024); // into the first cache
-            }
-            for (int p = 0; p < PLANES; p++) {
+    using Bits = typename Wide<WORDS>::Bits;
+    constexpr int PLANES = 16 / BITS, CODES = WORDS * PLANES, STEPS = SIZE / CODES;
+    constexpr int64_t AHEAD = WORDS == 32 ? 1024 : 512; // bytes: into the first cache
+    const int64_t bytes = panel.stride * BITS / 8, next = apart * bytes, next_pairs = apart * panel.totals;
+    const uint8_t *w = (const uint8_t *)weight.data + n * bytes;
+    const float *own = panel.scale + row * panel.groups, *total_of_x = panel.total + row * panel.totals;
+    for (int64_t done = 0; done < count; done++, pairs += BITS == 4 ? panel.totals : 0) {
+        const int16_t *x = panel.codes + row * panel.stride;
+        Floats real[M][N] = {};
+        for (int64_t g = 0; g < panel.groups; g++) {
+            Sums total[M][N] = {};
+            for (int step = 0; step < STEPS; step++, w += 2 * WORDS, x += CODES) {
+                Words words[N], codes[N];
                 for (int i = 0; i < N; i++) {
-                    codes[i] = words[i] >> (BITS * p);
-                    if (p < PLANES - 1) codes[i] &= (uint16_t)((1 << BITS) - 1);
+                    words[i] = load<Words>(w + i * next);
+                    if (BITS == 4 && (WORDS == 32 || step % 2 == 0)) __builtin_prefetch(w + i * next + AHEAD);
                 }
-                for (int m = 0; m < M; m++) {
-                    const Words own = load<Words>(x + m * panel.stride + WORDS * p);
-                    for (int i = 0; i < N; i++) total[m][i] = multiply_add(total[m][i], codes[i], own);
+                for (int p = 0; p < PLANES; p++) {
+                    for (int i = 0; i < N; i++) {
+                        codes[i] = words[i] >> (BITS * p);
+                        if (p < PLANES - 1) codes[i] &= (uint16_t)((1 << BITS) - 1);
+                    }
+                    for (int m = 0; m < M; m++) {
+                        const Words values = load<Words>(x + m * panel.stride + WORDS * p);
+                        for (int i = 0; i < N; i++) total[m][i] = multiply_add(total[m][i], codes[i], values);
+                    }
+                }
+            }
+            for (int m = 0; m < M; m++) {
+                const Floats of_x = own[m * panel.groups + g] - Floats{};
+                for (int i = 0; i < N; i++) {
+                    Floats factor = of_x;
+                    if constexpr (BITS == 4)
+                        factor *= (Floats)((Bits)(load<float>(pairs + i * next_pairs + g) - Floats{}) & 0xffff0000u);
+                    real[m][i] += __builtin_convertvector(total[m][i], Floats) * factor;
                 }
             }
         }
         for (int m = 0; m < M; m++) {
-            const float own = panel.scale[at + m * panel.groups];
+            f4 four[4] = {};
             for (int i = 0; i < N; i++) {
-                const Floats scaled = __builtin_convertvector(total[m][i], Floats) * own;
-                real[m][i] += BITS == 4 ? scaled * scales->scale[g * scales->part + in_part + i * apart] : scaled;
+                f8 eight = Wide<WORDS>::halved(real[m][i]);
+                for (int64_t g = 0; BITS == 4 && g < panel.groups; g += lk::PAIRS) // what the offsets come to
+                    eight += (f8)(load<u8>(pairs + i * next_pairs + g) << 16) * load<f8>(total_of_x + m * panel.totals + g);
+                four[i] = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
             }
-        }
-    }
-    for (int m = 0; m < M; m++) {
-        f4 four[4] = {};
-        for (int i = 0; i < N; i++) {
-            const f8 eight = Wide<WORDS>::halved(real[m][i]);
-            four[i] = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-        }
-        f4 found = sums(four[0], four[1], four[2], four[3]);
-        for (int i = 0; BITS == 4 && i < N; i++) found[i] += base[m * scales->part + in_part + i * apart];
-        if (BITS == 8 && !group) found -= 128 * panel.total[(row + m) * panel.groups]; // codes are 128 too large
-        for (int i = 0; i < N; i++) {
-            const float one = found[i] * weight.scale[n + i * apart];
-            float *to = out + m * out_stride + i * apart;
-            *to = add ? *to + one : one;
+            f4 found = sums(four[0], four[1], four[2], four[3]);
+            if (BITS == 8) found -= 128 * total_of_x[m * panel.totals]; // codes are 128 too large
+            for (int i = 0; i < N; i++) {
+                const float one = found[i] * weight.scale[n + done + i * apart];
+                float *to = out + m * out_stride + done + i * apart;
+                *to = add ? *to + one : one;
+            }
         }
     }
 }
 
-template <int BITS, int WORDS>
-void coded_products(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
-                    float *out, int64_t stride, bool add) {
-    Scales scales;
-    const int64_t most = BITS == 4 ? GROUPS : panel.groups;
-    // Runs of a part's rows are what the processor sees ahead in: short rows want many.
-    const int64_t times = least(8, least(GROUPS / least(GROUPS, panel.groups), lk::ROW_BLOCK / rows));
-    const int64_t unit = scales.part = BITS == 4 ? PART * times : count;
-    for (int64_t part = 0; part < count; part += unit)
-        for (int64_t group = 0; group < panel.groups; group += most) {
-            const int64_t features = least(unit, count - part), groups = least(most, panel.groups - group);
-            const bool more = add || group;
-            if (BITS == 4) read_scales(weight, panel, row, rows, first + part, features, group, groups, scales);
-            auto multiply = [&](auto tile, int64_t m, int64_t n, int64_t apart) {
-                tile(weight, first + part + n, apart, panel, row + m, group, groups, &scales, scales.base + m * scales.part, n,
-                     out + m * stride + part + n, stride, more);
-            };
-            const int64_t wide = rows == 1 ? 4 : 2, run = features / wide; // runs as in few_rows
-            for (int64_t n = 0; n < run; n++) {
-                int64_t m = 0;
-                for (; m + 4 <= rows; m += 4) multiply(coded_tile<BITS, WORDS, 4, 2>, m, n, run);
-                for (; m + 2 <= rows; m += 2) multiply(coded_tile<BITS, WORDS, 2, 2>, m, n, run);
-                if (m < rows && wide == 4) multiply(coded_tile<BITS, WORDS, 1, 4>, m, n, run);
-                if (m < rows && wide == 2) multiply(coded_tile<BITS, WORDS, 1, 2>, m, n, run);
-            }
-            for (int64_t n = wide * run; n < features; n++)
-                for (int64_t m = 0; m < rows; m++) multiply(coded_tile<BITS, WORDS, 1, 1>, m, n, 1);
-        }
+template <int BITS, int WORDS, int SIZE>
+void coded_products(const lk_weight &weight, const uint32_t *pairs, const Panel &panel, int64_t row, int64_t rows,
+                    int64_t first, int64_t count, float *out, int64_t stride, bool add) {
+    auto multiply = [&](auto tiles, int64_t m, int64_t n, int64_t apart, int64_t some) {
+        tiles(weight, BITS == 4 ? pairs + n * panel.totals : nullptr, first + n, apart, some, panel, row + m, out + m * stride + n, stride, add);
+    };
+    const int64_t wide = rows == 1 ? 4 : 2, run = count / wide; // runs as in few_rows
+    constexpr int64_t NEAR = 16; // rows of the weight that stay in the second cache while tiles of x pass by
+    for (int64_t n = 0; n < run; n += NEAR) {
+        const int64_t some = least(NEAR, run - n);
+        int64_t m = 0;
+        for (; m + 4 <= rows; m += 4) multiply(coded_tiles<BITS, WORDS, SIZE, 4, 2>, m, n, run, some);
+        for (; m + 2 <= rows; m += 2) multiply(coded_tiles<BITS, WORDS, SIZE, 2, 2>, m, n, run, some);
+        if (m < rows && wide == 4) multiply(coded_tiles<BITS, WORDS, SIZE, 1, 4>, m, n, run, some);
+        if (m < rows && wide == 2) multiply(coded_tiles<BITS, WORDS, SIZE, 1, 2>, m, n, run, some);
+    }
+    for (int64_t n = wide * run; n < count; n++)
+        for (int64_t m = 0; m < rows; m++) multiply(coded_tiles<BITS, WORDS, SIZE, 1, 1>, m, n, 1, 1);
+}
+
+// 4 bits: with the weight's pairs, or with some that are made for a part of its features at a time.
+template <int WORDS, int SIZE>
+void int4_products(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
+                   float *out, int64_t stride, bool add) {
+    if (weight.group_pairs)
+        return coded_products<4, WORDS, SIZE>(weight, weight.group_pairs + first * panel.totals, panel, row, rows, first,
+                                              count, out, stride, add);
+    uint32_t pairs[lk::MAX_GROUPS];
+    const int64_t part = lk::MAX_GROUPS / panel.totals;
+    memset(pairs, 0, (size_t)(least(part, count) * panel.totals) * sizeof(uint32_t));
+    for (int64_t n = 0; n < count; n += part) {
+        const int64_t some = least(part, count - n);
+        for (int64_t g = 0; g < panel.groups; g++)
+            for (int64_t i = 0; i < some; i++) pairs[i * panel.totals + g] = pair_of(weight, first + n + i, g, panel.totals);
+        coded_products<4, WORDS, SIZE>(weight, pairs, panel, row, rows, first + n, some, out + n, stride, add);
+    }
 }
 
 void products(const lk_weight &weight, const Panel &panel, int64_t first_row, int64_t rows, int64_t first, int64_t count,
@@ -465,11 +454,17 @@ void products(const lk_weight &weight, const Panel &panel, int64_t first_row, in
     case LK_WEIGHT_BFLOAT16:
         return (wide ? many_rows<Bfloat16> : few_rows<Bfloat16>)(weight, x, panel.stride, rows, first, count, out, out_stride, add);
     case LK_WEIGHT_INT8:
-        return coded_products<8, words_of(lk::QUANTUM / 2)>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+        return coded_products<8, words_of(lk::QUANTUM / 2), lk::QUANTUM>(weight, nullptr, panel, first_row, rows, first, count,
+                                                                         out, out_stride, add);
     case LK_WEIGHT_INT4:
-        if (words_of(weight.group_size / 4) == 16)
-            return coded_products<4, 16>(weight, panel, first_row, rows, first, count, out, out_stride, add);
-        return coded_products<4, words_of(32)>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+        switch (weight.group_size) {
+        case 64:
+            return int4_products<words_of(16), 64>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+        case 128:
+            return int4_products<words_of(32), 128>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+        default:
+            return int4_products<words_of(64), 256>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+        }
     }
 }
 

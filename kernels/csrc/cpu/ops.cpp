@@ -80,11 +80,14 @@ lk_status check_weight(lk_handle *handle, const char *name, const lk_weight &wei
     if (weight.format <= LK_WEIGHT_BFLOAT16) return LK_OK;
     if (!weight.scale) return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: scale is NULL", name);
     if (weight.format == LK_WEIGHT_INT8) return LK_OK;
-    if (!weight.group_scale || !weight.group_offset)
-        return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: group_scale or group_offset is NULL", name);
+    if (!weight.group_pairs && (!weight.group_scale || !weight.group_offset))
+        return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: group_scale or group_offset is NULL, and group_pairs too", name);
     if (weight.group_size != 64 && weight.group_size != 128 && weight.group_size != 256)
         return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: group_size is %lld, not 64, 128 or 256", name,
                        (long long)weight.group_size);
+    if (!weight.group_pairs && weight.in_features > MAX_GROUPS * weight.group_size)
+        return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: more than %lld groups take group_pairs, which is NULL", name,
+                       (long long)MAX_GROUPS);
     return LK_OK;
 }
 
@@ -163,6 +166,7 @@ const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, i
     const int64_t group = weight.format == LK_WEIGHT_INT4 ? weight.group_size : lk::QUANTUM;
     panel.stride = lk::cdiv(weight.in_features, group) * group; // 128 is a multiple of what any vectors take
     panel.groups = panel.stride / group, panel.rows = rows;
+    panel.totals = lk::cdiv(panel.groups, lk::PAIRS) * lk::PAIRS;
     const bool in_tiles = isa.tiles && half && (coded ? rows >= lk::TILE_ROWS : weight.format == LK_WEIGHT_BFLOAT16);
     panel.layout = in_tiles                                               ? lk::IN_TILES
                    : !coded && rows >= lk::MANY_ROWS && rows >= isa.lanes ? lk::SIDE_BY_SIDE
@@ -171,7 +175,7 @@ const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, i
     if (coded) {
         panel.codes = codes.at_least(rows * panel.stride);
         panel.scale = scale.at_least(rows * panel.groups);
-        panel.total = total.at_least(lk::cdiv(rows, 16) * 16 * panel.groups);
+        panel.total = total.at_least(lk::cdiv(rows, 16) * 16 * panel.totals);
     }
     return panel;
 }

@@ -242,9 +242,8 @@ void multiply_coded(const lk_weight &weight, int64_t first, int64_t apart, int64
         multiply_tiles<R>((const char *)codes, 2 * MOST, count, SIDE, x + k * SIDE, block,
                           BITS == 4 ? part[0][0] : sum[0][0], BITS == 8 && k > 0);
         for (int64_t i = 0; BITS == 4 && i < features; i++) {
-            const int64_t at = k / group * weight.out_features + first + i * apart;
-            const float scale = from_bf16(((const uint16_t *)weight.group_scale)[at]);
-            const float offset = from_bf16(((const uint16_t *)weight.group_offset)[at]);
+            const uint32_t pair = pair_of(weight, first + i * apart, k / group, panel.totals);
+            const float scale = from_bf16((uint16_t)(pair >> 16)), offset = from_bf16((uint16_t)pair);
             for (int r = 0; r < R; r++) {
                 const float *total = panel.total + (row + r * SIDE) * panel.groups + k / group * SIDE;
                 const vf one = load<vf>(part[r][i]) * scale + load<vf>(total) * offset;

@@ -29,6 +29,7 @@ struct Matrix {
     List<float> values; // (N, K), what the weight stands for
     List<float> scale;
     List<uint16_t> halves, group_scale, group_offset;
+    List<uint32_t> pairs;
     List<uint8_t> bytes;
 };
 
@@ -67,11 +68,14 @@ static void make(Matrix &m, lk_weight_format format, int64_t out, int64_t in, in
     } else if (format == LK_WEIGHT_INT8) {
         fill_codes(m, 128, 8);
     } else {
-        for (int64_t i = 0; i < (in + group - 1) / group * out; i++) {
+        const int64_t groups = (in + group - 1) / group, stride = (groups + 7) / 8 * 8;
+        m.pairs.assign((size_t)(out * stride), 0);
+        for (int64_t i = 0; i < groups * out; i++) {
             m.group_scale.push_back(half(0.01f + (float)(generator() % 64) / 1000));
             m.group_offset.push_back(half(-(float)(generator() % 64) / 100));
+            m.pairs[(size_t)(i % out * stride + i / out)] = (uint32_t)m.group_scale.back() << 16 | m.group_offset.back();
         }
-        m.weight.group_scale = m.group_scale.data(), m.weight.group_offset = m.group_offset.data();
+        m.weight.group_pairs = m.pairs.data(); // and nothing else, where it is not said
         m.weight.group_size = group;
         fill_codes(m, group, 4);
     }
@@ -113,6 +117,14 @@ static void linear(lk_handle *handle, lk_weight_format format, int64_t group, in
     args.x_stride = x_stride, args.out_stride = out_stride;
     args.rows = rows, args.weight = m.weight, args.x = x.data(), args.bias = bias.data(), args.out = y.data();
     CHECK(lk_linear(handle, &args, nullptr) == LK_OK);
+    if (format == LK_WEIGHT_INT4) { // the same from scales and offsets that lie apart
+        List<float> again(y.size(), -7.f);
+        args.weight.group_scale = m.group_scale.data(), args.weight.group_offset = m.group_offset.data();
+        args.weight.group_pairs = nullptr, args.out = again.data();
+        CHECK(lk_linear(handle, &args, nullptr) == LK_OK && again == y);
+        args.weight.group_offset = nullptr;
+        CHECK(lk_linear(handle, &args, nullptr) == LK_INVALID_ARGUMENT);
+    }
     double worst = 0;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t n = 0; n < out; n++) {
@@ -144,6 +156,8 @@ static void half_linear(lk_handle *handle, lk_weight_format format, int64_t rows
     lk_linear_args args{};
     args.dtype = LK_BFLOAT16, args.x_stride = x_stride, args.out_stride = out_stride;
     args.rows = rows, args.weight = m.weight, args.x = x.data(), args.bias = bias.data(), args.out = y.data();
+    if (out % 2) args.weight.group_pairs = nullptr; // 4 bits: scales and offsets apart
+    args.weight.group_scale = m.group_scale.data(), args.weight.group_offset = m.group_offset.data();
     CHECK(lk_linear(handle, &args, nullptr) == LK_OK);
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t n = 0; n < out; n++) {
