@@ -323,6 +323,7 @@ struct Wide {
     using Floats = f8;
     using Bits = u8;
     static INLINE f8 halved(f8 x) { return x; }
+    static INLINE f8 widened(f8 x) { return x; }
 };
 #if LK_LANES == 16
 template <>
@@ -334,10 +335,28 @@ struct Wide<32> {
     static INLINE f8 halved(vf x) {
         return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
     }
+    static INLINE vf widened(f8 x) {
+        return __builtin_shufflevector(x, f8{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
 };
 #endif
 
-// M rows of x and N of the weight's, which lie `apart` rows from each other, then `count` times all of these again one row
+// Rows of the weight that stay in the second cache while tiles of x pass by.
+constexpr int64_t NEAR = 64;
+
+INLINE void put_scaled(const float *found, float excess, const float *scale, int64_t count, float *out, bool add) {
+    int64_t i = 0;
+    for (; i + L <= count; i += L) {
+        const vf y = (load<vf>(found + i) - excess) * load<vf>(scale + i);
+        store(out + i, add ? load<vf>(out + i) + y : y);
+    }
+    for (; i < count; i++) {
+        const float y = (found[i] - excess) * scale[i];
+        out[i] = add ? out[i] + y : y;
+    }
+}
+
+// M rows of x and N of the weight's, which lie `apart` rows from each other, and `count` times so, up to NEAR, each one row
 // further on. Words of 16 bits hold as many codes in each of their planes, which meet as many neighbours of x. SIZE values
 // of K are a group's. pairs: as lk_weight.group_pairs, from row n on.
 template <int BITS, int WORDS, int SIZE, int M, int N>
@@ -353,9 +372,17 @@ void coded_tiles(const lk_weight &weight, const uint32_t *pairs, int64_t n, int6
     const int64_t bytes = panel.stride * BITS / 8, next = apart * bytes, next_pairs = apart * panel.totals;
     const uint8_t *w = (const uint8_t *)weight.data + n * bytes;
     const float *own = panel.scale + row * panel.groups, *total_of_x = panel.total + row * panel.totals;
+    float found[M * N][NEAR];
     for (int64_t done = 0; done < count; done++, pairs += BITS == 4 ? panel.totals : 0) {
         const int16_t *x = panel.codes + row * panel.stride;
+        for (int i = 0; BITS == 4 && i < N; i++) __builtin_prefetch(pairs + i * next_pairs + 64);
         Floats real[M][N] = {};
+        for (int64_t g = 0; BITS == 4 && g < panel.groups; g += lk::PAIRS) // what the offsets come to
+            for (int i = 0; i < N; i++) {
+                const f8 offsets = (f8)(load<u8>(pairs + i * next_pairs + g) << 16);
+                for (int m = 0; m < M; m++)
+                    real[m][i] += Wide<WORDS>::widened(offsets * load<f8>(total_of_x + m * panel.totals + g));
+            }
         for (int64_t g = 0; g < panel.groups; g++) {
             Sums total[M][N] = {};
             for (int step = 0; step < STEPS; step++, w += 2 * WORDS, x += CODES) {
@@ -385,22 +412,20 @@ void coded_tiles(const lk_weight &weight, const uint32_t *pairs, int64_t n, int6
                 }
             }
         }
-        for (int m = 0; m < M; m++) {
-            f4 four[4] = {};
-            for (int i = 0; i < N; i++) {
-                f8 eight = Wide<WORDS>::halved(real[m][i]);
-                for (int64_t g = 0; BITS == 4 && g < panel.groups; g += lk::PAIRS) // what the offsets come to
-                    eight += (f8)(load<u8>(pairs + i * next_pairs + g) << 16) * load<f8>(total_of_x + m * panel.totals + g);
-                four[i] = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-            }
-            f4 found = sums(four[0], four[1], four[2], four[3]);
-            if (BITS == 8) found -= 128 * total_of_x[m * panel.totals]; // codes are 128 too large
-            for (int i = 0; i < N; i++) {
-                const float one = found[i] * weight.scale[n + done + i * apart];
-                float *to = out + m * out_stride + done + i * apart;
-                *to = add ? *to + one : one;
-            }
+        f4 parts[(M * N + 3) / 4 * 4] = {};
+        for (int j = 0; j < M * N; j++) {
+            const f8 eight = Wide<WORDS>::halved(real[j / N][j % N]);
+            parts[j] = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
         }
+        for (int j = 0; j < M * N; j += 4) {
+            const f4 four = sums(parts[j], parts[j + 1], parts[j + 2], parts[j + 3]);
+            for (int k = 0; k < 4 && j + k < M * N; k++) found[j + k][done] = four[k];
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        const float excess = BITS == 8 ? 128 * total_of_x[m * panel.totals] : 0; // codes are 128 too large
+        for (int i = 0; i < N; i++)
+            put_scaled(found[m * N + i], excess, weight.scale + n + i * apart, count, out + m * out_stride + i * apart, add);
     }
 }
 
@@ -411,7 +436,6 @@ void coded_products(const lk_weight &weight, const uint32_t *pairs, const Panel 
         tiles(weight, BITS == 4 ? pairs + n * panel.totals : nullptr, first + n, apart, some, panel, row + m, out + m * stride + n, stride, add);
     };
     const int64_t wide = rows == 1 ? 4 : 2, run = count / wide; // runs as in few_rows
-    constexpr int64_t NEAR = 16; // rows of the weight that stay in the second cache while tiles of x pass by
     for (int64_t n = 0; n < run; n += NEAR) {
         const int64_t some = least(NEAR, run - n);
         int64_t m = 0;
