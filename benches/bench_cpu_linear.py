@@ -1,8 +1,8 @@
 """``linear`` of the C library on a CPU beside torch's, for the largest weights of 160M, 1B and 7B decoders.
 
-``gb_per_s`` counts the weight's bytes, which is what has to be read; ``share_of_read_bandwidth`` sets it beside what the
-same threads read out of memory right before and after. Both are medians: a machine that is shared with others reads half
-as fast in one minute as in the next, and a best of one beside a median of the other would compare two minutes.
+``gb_per_s`` counts the weight's bytes, which is what has to be read; ``share_of_read_bandwidth`` sets it beside what
+the same threads read out of memory right before and after. Both are medians: a machine that is shared with others reads
+half as fast in one minute as in the next, and a best of one beside a median of the other would compare two minutes.
 """
 
 from __future__ import annotations

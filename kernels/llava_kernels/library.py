@@ -285,8 +285,8 @@ def int4_weight(weight: llava_kernels.Int4Weight, pairs: Tensor | None = None) -
 
 
 def group_pairs(weight: llava_kernels.Int4Weight) -> Tensor:
-    """(N, groups rounded up to a multiple of 8) int32: scales in the upper halves, offsets in the lower, so that a row of
-    the weight has its own beside each other."""
+    """(N, groups rounded up to a multiple of 8) int32: scales in the upper halves, offsets in the lower. What
+    belongs to a row of the weight lies side by side."""
     groups, features = weight.scale.shape
     halves = torch.zeros(features, -(-groups // 8) * 8, 2, dtype=torch.bfloat16)
     halves[:, :groups, 0], halves[:, :groups, 1] = weight.offset.T, weight.scale.T  # the lower half lies first

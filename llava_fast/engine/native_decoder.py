@@ -26,6 +26,7 @@ class NativeDecoder:
         decoder, text = model.decoder, model.config.text
         cos, sin = (table.contiguous() for table in decoder.angles(torch.arange(max_length)))
         pairs: list[Tensor] = []  # which the weights of 4 bits get for this decoder
+        head, embedding = model.lm_head, decoder.embed_tokens
         described = [_layer(*of, pairs) for of in zip(decoder.layers, cache.layers, strict=True)]
         layers = (library.Layer * len(described))(*described)
         keys = cache.layers[0][0]  # (blocks, block_size, kv_heads, head_dim)
@@ -40,7 +41,7 @@ class NativeDecoder:
             eps=text.rms_norm_eps,
             layer=layers,
             norm=decoder.norm.weight.data_ptr(),
-            head=_weight(model.lm_head, pairs) if model.lm_head is not None else library.float_weight(decoder.embed_tokens),
+            head=library.float_weight(embedding) if head is None else _weight(head, pairs),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             positions=max_length,
@@ -97,15 +98,22 @@ class NativeDecoder:
             rows=None if wanted is None else wanted.data_ptr(),
             outputs=outputs,
         )
-        self._decoder.step(args)
+        self.run(args)
         return hidden[:outputs]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and output head: (n, D) float32 -> logits (n, V) float32."""
         hidden = hidden.contiguous()
         logits = torch.empty(hidden.shape[0], self.vocab_size)
-        self._decoder.head(hidden.shape[0], hidden.data_ptr(), logits.data_ptr())
+        self.run_head(hidden.shape[0], hidden.data_ptr(), logits.data_ptr())
         return logits
+
+    def run(self, args: library.StepArgs) -> None:
+        self._decoder.step(args)
+
+    def run_head(self, rows: int, hidden: int, logits: int) -> None:
+        """The addresses of (rows, D) and (rows, V) float32."""
+        self._decoder.head(rows, hidden, logits)
 
 
 def _layer(layer: Any, cache: tuple[Tensor, Tensor], pairs: list[Tensor]) -> library.Layer:

@@ -21,6 +21,7 @@ from llava_fast.engine.inputs import BlockTables, StepInputs, build, image_rows
 from llava_fast.engine.kv_cache import FP8, KVCache
 from llava_fast.engine.native_decoder import NativeDecoder
 from llava_fast.engine.native_tower import NativeTower
+from llava_fast.engine.plain_steps import PlainSteps
 from llava_fast.engine.prompt import Prompt
 from llava_fast.engine.request import SamplingParams
 from llava_fast.engine.sampler import Logprobs, Sampler
@@ -50,7 +51,7 @@ class Launched:
 
     chunks: list[Chunk]
     sequences: list[Sequence]
-    tokens: Tensor
+    tokens: Tensor | np.ndarray
     logprobs: Logprobs | None
     prompts: list[PromptScores]
     copied: torch.cuda.Event | None = None
@@ -78,6 +79,7 @@ class Runner:
         self.max_length = min(config.max_length or context, context)
         self.tables = BlockTables(config.max_sequences, -(-self.max_length // config.block_size))
         self.host_decoder = _host_decoder(model, config, self.cache, self.max_length)
+        self.plain_steps = self._plain_steps()
         self.tower = _tower(model, self.host_decoder)
         self.stream: torch.cuda.Stream | None = None
         self.decode_graphs: DecodeGraphs | None = None
@@ -85,6 +87,12 @@ class Runner:
         if model.device.type == "cuda":
             self._use_cuda()
         self.images_seen = 0
+
+    def _plain_steps(self) -> PlainSteps | None:
+        if not isinstance(self.host_decoder, NativeDecoder):
+            return None
+        embedding = self.model.decoder.embed_tokens
+        return PlainSteps(self.host_decoder, embedding, self.sampler, self.tables, self.config.block_size)
 
     def _use_cuda(self) -> None:
         self.stream = torch.cuda.Stream(self.device)
@@ -100,9 +108,14 @@ class Runner:
             )
             self.tower_graphs = TowerGraphs(self.model, self.config.image_batch, self.stream)
 
-    @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Launched:
         """Start one step. On CUDA it returns before the step is done."""
+        if self.plain_steps is not None and self.plain_steps.fit(chunks):
+            return Launched(chunks, [c.sequence for c in chunks], self.plain_steps(chunks), None, [])
+        return self._launch(chunks)
+
+    @torch.inference_mode()
+    def _launch(self, chunks: list[Chunk]) -> Launched:
         with self.on_stream():
             reading = [c for c in chunks if not c.sequence.on_device]
             self.sampler.admit([c.sequence for c in reading if c.sequence.written == 0])
@@ -256,7 +269,8 @@ class Runner:
         """Let go of everything on the device."""
         if self.stream is not None:
             self.stream.synchronize()
-        del self.cache, self.sampler, self.model, self.host_decoder, self.tower, self.decode_graphs, self.tower_graphs
+        del self.cache, self.sampler, self.model, self.host_decoder, self.plain_steps, self.tower
+        del self.decode_graphs, self.tower_graphs
         self.features.clear()
         if self.stream is not None:
             torch.cuda.empty_cache()  # back to the device, for whoever else is on it

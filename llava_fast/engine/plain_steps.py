@@ -1,0 +1,81 @@
+"""PlainSteps: decoding the likeliest token on a CPU with numpy and the C library alone, in memory that is made once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_fast.engine.inputs import BlockTables
+from llava_fast.engine.native_decoder import NativeDecoder
+from llava_fast.engine.sampler import Sampler
+from llava_fast.engine.scheduler import Chunk
+from llava_kernels import library
+
+
+class PlainSteps:
+    """Steps in which every sequence decodes one token, takes the likeliest and tells nothing about it.
+
+    The weights, which a step reads from end to end, push the rest of the process out of the caches. What follows runs
+    cold: a call into torch then takes several times as long as in a loop of its own, and a step had fifteen.
+
+    Args:
+        decoder: whose steps they are.
+        embedding: (V, D) float32 or bfloat16, on the CPU.
+        sampler: has the token that each row drew last.
+        tables: of the sequences' blocks.
+        block_size: tokens a block.
+    """
+
+    def __init__(
+        self, decoder: NativeDecoder, embedding: Tensor, sampler: Sampler, tables: BlockTables, block_size: int
+    ):
+        (rows, blocks), width = tables.array.shape, embedding.shape[1]
+        self._decoder, self._last = decoder, sampler.last.numpy()
+        self._tables, self._block_size = tables, block_size
+        words = embedding.detach() if embedding.dtype == torch.float32 else embedding.detach().view(torch.int16)
+        self._embedding = words.numpy()
+        self._x = np.empty((rows, width), dtype=self._embedding.dtype)
+        self._hidden = np.empty((rows, width), dtype=np.float32)
+        self._logits = np.empty((rows, decoder.vocab_size), dtype=np.float32)
+        self._position_ids = np.zeros(rows, dtype=np.int32)
+        self._slots = np.zeros(rows, dtype=np.int64)
+        self._block_table = np.zeros((rows, blocks), dtype=np.int32)
+        self._context_lens = np.zeros(rows, dtype=np.int32)
+        self._query_start = np.arange(rows + 1, dtype=np.int32)
+        self._args = library.StepArgs(
+            dtype=library.DTYPES[embedding.dtype],
+            x=self._x.ctypes.data,
+            positions=self._position_ids.ctypes.data,
+            slots=self._slots.ctypes.data,
+            block_table=self._block_table.ctypes.data,
+            table_stride=blocks,
+            context_lens=self._context_lens.ctypes.data,
+            query_start=self._query_start.ctypes.data,
+            hidden=self._hidden.ctypes.data,
+        )
+        self._addresses = self._hidden.ctypes.data, self._logits.ctypes.data
+
+    @staticmethod
+    def fit(chunks: list[Chunk]) -> bool:
+        return all(chunk.sequence.on_device and chunk.sequence.plain for chunk in chunks)
+
+    def __call__(self, chunks: list[Chunk]) -> np.ndarray:
+        """The next token of each sequence: (S,) int64."""
+        self._tables.update(chunks)
+        count, last, size = len(chunks), self._last, self._block_size
+        rows = np.array([chunk.sequence.slot for chunk in chunks])
+        starts = np.array([chunk.start for chunk in chunks])
+        blocks = starts // size
+        held = int(blocks.max()) + 1
+        self._embedding.take(last[rows], axis=0, out=self._x[:count], mode="clip")  # "raise" would make a copy first
+        self._position_ids[:count] = starts
+        self._context_lens[:count] = starts + 1
+        self._block_table[:count, :held] = self._tables.array[rows, :held]
+        self._slots[:count] = self._block_table[np.arange(count), blocks] * size + starts % size
+        self._args.tokens = self._args.sequences = count
+        self._decoder.run(self._args)
+        self._decoder.run_head(count, *self._addresses)
+        tokens = self._logits[:count].argmax(-1)  # the first of equals
+        last[rows] = tokens
+        return tokens
