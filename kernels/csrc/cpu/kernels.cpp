@@ -433,7 +433,8 @@ template <int BITS, int WORDS, int SIZE>
 void coded_products(const lk_weight &weight, const uint32_t *pairs, const Panel &panel, int64_t row, int64_t rows,
                     int64_t first, int64_t count, float *out, int64_t stride, bool add) {
     auto multiply = [&](auto tiles, int64_t m, int64_t n, int64_t apart, int64_t some) {
-        tiles(weight, BITS == 4 ? pairs + n * panel.totals : nullptr, first + n, apart, some, panel, row + m, out + m * stride + n, stride, add);
+        tiles(weight, BITS == 4 ? pairs + n * panel.totals : nullptr, first + n, apart, some, panel, row + m,
+              out + m * stride + n, stride, add);
     };
     const int64_t wide = rows == 1 ? 4 : 2, run = count / wide; // runs as in few_rows
     for (int64_t n = 0; n < run; n += NEAR) {
