@@ -212,6 +212,9 @@ typedef struct lk_decoder_args {
     int64_t positions;
     int64_t blocks, block_size;  /* of the cache */
     int64_t cache_block_stride, cache_token_stride, cache_head_stride; /* 0: contiguous */
+    lk_weight screen;            /* of the head's shape in 8 bits, for lk_decoder_likeliest; data is NULL: none */
+    const float *screen_error;   /* (vocabulary,): no logit is further than this, times the normed hidden state's norm in
+                                  * l2, from what the screen and the activations' 16 bits make of it */
 } lk_decoder_args;
 typedef struct lk_decoder lk_decoder;
 
@@ -235,6 +238,9 @@ typedef struct lk_step_args {
 LK_API lk_status lk_decoder_step(lk_decoder *decoder, const lk_step_args *args);
 /* Final norm and head: hidden (rows, width) -> logits (rows, vocabulary). */
 LK_API lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float *hidden, float *logits);
+/* hidden (rows, width) -> the index of each row's largest logit, the first of equals, (rows,). With a screen and few rows
+ * only those of the head's features are read that can have it: the rest lie below by more than the screen is off. */
+LK_API lk_status lk_decoder_likeliest(lk_decoder *decoder, int64_t rows, const float *hidden, int64_t *tokens);
 
 /* A CLIP vision tower in one call: patches, class token and positions, LayerNorm; then layers of LayerNorm, QKV, attention,
  * output and residual; LayerNorm, fc1, quick GELU, fc2 and residual. Between products everything is float32. */

@@ -70,6 +70,8 @@ class DecoderArgs(Structure):
         ("sin", c_void_p),
         *[(name, c_int64) for name in ("positions", "blocks", "block_size")],
         *[(name, c_int64) for name in ("cache_block_stride", "cache_token_stride", "cache_head_stride")],
+        ("screen", Weight),
+        ("screen_error", c_void_p),
     ]
 
 
@@ -162,6 +164,7 @@ def _declared(library: CDLL) -> CDLL:
     library.lk_decoder_step.argtypes = [c_void_p, POINTER(StepArgs)]
     library.lk_vision_tower.argtypes = [c_void_p, POINTER(VisionArgs)]
     library.lk_decoder_head.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
+    library.lk_decoder_likeliest.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     for name in ("lk_destroy", "lk_decoder_destroy"):
         function = getattr(library, name)
         function.argtypes, function.restype = [c_void_p], None
@@ -240,6 +243,9 @@ class Decoder:
 
     def head(self, rows: int, hidden: int, logits: int) -> None:
         self.handle.check(self.handle.library.lk_decoder_head(self._decoder, rows, hidden, logits))
+
+    def likeliest(self, rows: int, hidden: int, tokens: int) -> None:
+        self.handle.check(self.handle.library.lk_decoder_likeliest(self._decoder, rows, hidden, tokens))
 
     def __del__(self) -> None:
         if self._decoder:

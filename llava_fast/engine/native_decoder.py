@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llava_fast.engine.inputs import StepInputs
 from llava_fast.engine.kv_cache import KVCache
+from llava_fast.engine.screen import Screen
 from llava_fast.model import Llava
 from llava_fast.model.linear import Linear
 from llava_fast.model.quantized import QuantizedLinear
@@ -27,6 +28,9 @@ class NativeDecoder:
         cos, sin = (table.contiguous() for table in decoder.angles(torch.arange(max_length)))
         pairs: list[Tensor] = []  # which the weights of 4 bits get for this decoder
         head, embedding = model.lm_head, decoder.embed_tokens
+        self.handle = library.Handle()
+        self.instructions, self.threads = self.handle.instructions, self.handle.threads
+        screen = self._screen(embedding if head is None else head.weight if isinstance(head, Linear) else None)
         described = [_layer(*of, pairs) for of in zip(decoder.layers, cache.layers, strict=True)]
         layers = (library.Layer * len(described))(*described)
         keys = cache.layers[0][0]  # (blocks, block_size, kv_heads, head_dim)
@@ -51,10 +55,16 @@ class NativeDecoder:
             cache_token_stride=keys.stride(1),
             cache_head_stride=keys.stride(2),
         )
+        if screen is not None:
+            args.screen, args.screen_error = library.int8_weight(screen.weight), screen.error.data_ptr()
         self.vocab_size = text.vocab_size
-        self.handle = library.Handle()
-        self.instructions, self.threads = self.handle.instructions, self.handle.threads
-        self._decoder = library.Decoder(self.handle, args, keep=(model, cache, cos, sin, layers, pairs))
+        self._decoder = library.Decoder(self.handle, args, keep=(model, cache, cos, sin, layers, pairs, screen))
+
+    def _screen(self, head: Tensor | None) -> Screen | None:
+        """For heads of bfloat16; with AMX the library would not use it."""
+        if head is None or head.dtype != torch.bfloat16 or self.instructions == "amx":
+            return None
+        return Screen.of(head)
 
     @staticmethod
     def misfit(model: Llava) -> str | None:
@@ -105,15 +115,15 @@ class NativeDecoder:
         """Final norm and output head: (n, D) float32 -> logits (n, V) float32."""
         hidden = hidden.contiguous()
         logits = torch.empty(hidden.shape[0], self.vocab_size)
-        self.run_head(hidden.shape[0], hidden.data_ptr(), logits.data_ptr())
+        self._decoder.head(hidden.shape[0], hidden.data_ptr(), logits.data_ptr())
         return logits
 
     def run(self, args: library.StepArgs) -> None:
         self._decoder.step(args)
 
-    def run_head(self, rows: int, hidden: int, logits: int) -> None:
-        """The addresses of (rows, D) and (rows, V) float32."""
-        self._decoder.head(rows, hidden, logits)
+    def likeliest(self, rows: int, hidden: int, tokens: int) -> None:
+        """The addresses of (rows, D) float32 before the final norm and of (rows,) int64, which get the likeliest."""
+        self._decoder.likeliest(rows, hidden, tokens)
 
 
 def _layer(layer: Any, cache: tuple[Tensor, Tensor], pairs: list[Tensor]) -> library.Layer:

@@ -37,7 +37,7 @@ class PlainSteps:
         self._embedding = words.numpy()
         self._x = np.empty((rows, width), dtype=self._embedding.dtype)
         self._hidden = np.empty((rows, width), dtype=np.float32)
-        self._logits = np.empty((rows, decoder.vocab_size), dtype=np.float32)
+        self._tokens = np.empty(rows, dtype=np.int64)
         self._position_ids = np.zeros(rows, dtype=np.int32)
         self._slots = np.zeros(rows, dtype=np.int64)
         self._block_table = np.zeros((rows, blocks), dtype=np.int32)
@@ -54,7 +54,7 @@ class PlainSteps:
             query_start=self._query_start.ctypes.data,
             hidden=self._hidden.ctypes.data,
         )
-        self._addresses = self._hidden.ctypes.data, self._logits.ctypes.data
+        self._addresses = self._hidden.ctypes.data, self._tokens.ctypes.data
 
     @staticmethod
     def fit(chunks: list[Chunk]) -> bool:
@@ -75,7 +75,6 @@ class PlainSteps:
         self._slots[:count] = self._block_table[np.arange(count), blocks] * size + starts % size
         self._args.tokens = self._args.sequences = count
         self._decoder.run(self._args)
-        self._decoder.run_head(count, *self._addresses)
-        tokens = self._logits[:count].argmax(-1)  # the first of equals
-        last[rows] = tokens
-        return tokens
+        self._decoder.likeliest(count, *self._addresses)
+        last[rows] = self._tokens[:count]
+        return self._tokens[:count].copy()

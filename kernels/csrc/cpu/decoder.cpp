@@ -2,6 +2,7 @@
 // two of them is done in the same task: a head's part of QKV is turned and stored by the task that has multiplied it.
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -18,8 +19,8 @@ struct lk_decoder {
     lk_decoder_args args;
     std::vector<lk_layer> layers;
     std::vector<float> norms; // (2 layers + 1, width)
-    PanelBuffer panel, inner;
-    Buffer<float> stream, qkv, attended, gated, scratch;
+    PanelBuffer panel, inner, rough;
+    Buffer<float> stream, qkv, attended, gated, scratch, logits, floors;
 
     const float *norm(int64_t i) const { return norms.data() + i * args.width; }
     int64_t group_heads() const { return args.heads + 2 * args.kv_heads; }
@@ -124,6 +125,13 @@ lk_status check_decoder(lk_handle *handle, const lk_decoder_args *args) {
     if (args->head.in_features != args->width)
         return lk_fail(handle, LK_INVALID_ARGUMENT, "head has %lld input features, not %lld",
                        (long long)args->head.in_features, (long long)args->width);
+    if (args->screen.data) {
+        if (lk_status status = check_weight(handle, "screen", args->screen)) return status;
+        if (args->screen.format != LK_WEIGHT_INT8 || args->screen.in_features != args->width ||
+            args->screen.out_features != args->head.out_features)
+            return lk_fail(handle, LK_INVALID_ARGUMENT, "screen is not of 8 bits and of the head's shape");
+        CHECK_POINTERS(handle, {"screen_error", args->screen_error});
+    }
     for (int64_t i = 0; i < args->layers; i++)
         if (lk_status status = check_layer(handle, *args, args->layer[i])) return status;
     return LK_OK;
@@ -205,6 +213,85 @@ void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, cons
     if (step.rows) std::memcpy(step.hidden, x, step.outputs * width * sizeof(float));
 }
 
+Source head_source(const lk_decoder &decoder, const float *hidden) {
+    const lk_decoder_args &args = decoder.args;
+    return {LK_FLOAT32, hidden, args.width, decoder.norm(2 * args.layers), nullptr, args.eps, args.dtype == LK_BFLOAT16};
+}
+
+void head_product(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *hidden, float *logits) {
+    const lk_weight &head = decoder.args.head;
+    const Panel &panel = prepare(cpu, decoder.panel, head, head_source(decoder, hidden), rows);
+    share_product(cpu, rows, head.out_features, unit_of(panel, 12),
+                  [&](int64_t row, int64_t count, int64_t first, int64_t features, int) {
+        cpu.isa->products(head, panel, row, count, first, features, logits + row * head.out_features + first,
+                          head.out_features, false);
+    });
+}
+
+int64_t largest_of(const float *x, int64_t count) { // a NaN is the largest, as in numpy
+    int64_t at = 0;
+    for (int64_t i = 1; i < count && x[at] == x[at]; i++)
+        if (!(x[i] <= x[at])) at = i;
+    return at;
+}
+
+// A product with the screen leaves few candidates, of which alone the head's rows are read.
+constexpr int64_t SCREENED_ROWS = 4, CANDIDATES = 256;
+
+// The likeliest of one row, or -1 where too many could be it. norm: of the panel's row; floor: what a candidate reaches.
+int64_t best_candidate(const lk_decoder &decoder, const lk_cpu &cpu, const Panel &panel, int64_t row, const float *rough,
+                       float norm, float floor) {
+    const lk_weight &head = decoder.args.head;
+    const float *error = decoder.args.screen_error;
+    int64_t candidates[CANDIDATES], count = 0;
+    for (int64_t n = 0; n < head.out_features; n++) {
+        if (!(rough[n] + error[n] * norm >= floor)) continue;
+        if (count == CANDIDATES) return -1;
+        candidates[count++] = n;
+    }
+    int64_t best = -1;
+    float most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        float logit;
+        cpu.isa->products(head, panel, row, 1, candidates[i], 1, &logit, 1, false);
+        if (best < 0 || logit > most) best = candidates[i], most = logit;
+    }
+    return best;
+}
+
+// Whether all tokens were found.
+bool screen_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *hidden, int64_t *tokens) {
+    const lk_weight &screen = decoder.args.screen;
+    const int64_t vocabulary = screen.out_features, threads = cpu.pool->threads();
+    const Source source = head_source(decoder, hidden);
+    const Panel &panel = prepare(cpu, decoder.rough, screen, source, rows);
+    float norms[SCREENED_ROWS], *floors = decoder.floors.at_least(threads * SCREENED_ROWS);
+    float *rough = decoder.logits.at_least(rows * vocabulary);
+    for (int64_t r = 0; r < rows; r++) {
+        double squares = 0;
+        const float *x = panel.values + r * panel.stride;
+        for (int64_t i = 0; i < panel.stride; i++) squares += (double)x[i] * x[i];
+        norms[r] = (float)(std::sqrt(squares) * 1.000001);
+    }
+    std::fill_n(floors, threads * SCREENED_ROWS, -INFINITY);
+    share_product(cpu, rows, vocabulary, 12, [&](int64_t, int64_t, int64_t first, int64_t features, int thread) {
+        cpu.isa->products(screen, panel, 0, rows, first, features, rough + first, vocabulary, false);
+        for (int64_t r = 0; r < rows; r++) { // the largest is at least as large as every lower bound
+            float &floor = floors[thread * SCREENED_ROWS + r];
+            for (int64_t n = first; n < first + features; n++)
+                floor = std::max(floor, rough[r * vocabulary + n] - decoder.args.screen_error[n] * norms[r]);
+        }
+    });
+    const Panel &exact = prepare(cpu, decoder.panel, decoder.args.head, source, rows);
+    for (int64_t r = 0; r < rows; r++) {
+        float floor = floors[r];
+        for (int64_t t = 1; t < threads; t++) floor = std::max(floor, floors[t * SCREENED_ROWS + r]);
+        tokens[r] = best_candidate(decoder, cpu, exact, r, rough + r * vocabulary, norms[r], floor);
+        if (tokens[r] < 0) return false;
+    }
+    return true;
+}
+
 } // namespace
 
 extern "C" {
@@ -230,6 +317,7 @@ lk_status lk_decoder_create(lk_handle *handle, const lk_decoder_args *args, lk_d
             handle->cpu->isa->to_float(args->dtype, norm, made->norms.data() + i * args->width, args->width);
         }
         use_large_pages(own.head.data, bytes_of(own.head));
+        if (own.screen.data) use_large_pages(own.screen.data, bytes_of(own.screen));
         for (const lk_layer &layer : made->layers)
             for (const lk_weight *weight : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down})
                 use_large_pages(weight->data, bytes_of(*weight));
@@ -269,16 +357,26 @@ lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float *hidden
     if (rows == 0) return LK_OK;
     CHECK_POINTERS(handle, {"hidden", hidden}, {"logits", logits});
     return guarded(handle, [&] {
+        head_product(*decoder, *handle->cpu, rows, hidden, logits);
+        return LK_OK;
+    });
+}
+
+lk_status lk_decoder_likeliest(lk_decoder *decoder, int64_t rows, const float *hidden, int64_t *tokens) {
+    if (!decoder) return LK_INVALID_ARGUMENT;
+    lk_handle *handle = decoder->handle;
+    CHECK_SIZES(handle, {"rows", rows, 0});
+    if (rows == 0) return LK_OK;
+    CHECK_POINTERS(handle, {"hidden", hidden}, {"tokens", tokens});
+    return guarded(handle, [&] {
         lk_cpu &cpu = *handle->cpu;
-        const lk_weight &head = decoder->args.head;
-        const Source source{LK_FLOAT32, hidden, decoder->args.width, decoder->norm(2 * decoder->args.layers),
-                            nullptr, decoder->args.eps, decoder->args.dtype == LK_BFLOAT16};
-        const Panel &panel = prepare(cpu, decoder->panel, head, source, rows);
-        share_product(cpu, rows, head.out_features, unit_of(panel, 12),
-                      [&](int64_t row, int64_t count, int64_t first, int64_t features, int) {
-            cpu.isa->products(head, panel, row, count, first, features, logits + row * head.out_features + first,
-                              head.out_features, false);
-        });
+        // In tiles the head's activations are rounded, which the screen's error knows nothing of.
+        const bool few = decoder->args.screen.data && rows <= SCREENED_ROWS && !cpu.isa->tiles;
+        if (few && screen_tokens(*decoder, cpu, rows, hidden, tokens)) return LK_OK;
+        const int64_t vocabulary = decoder->args.head.out_features;
+        float *logits = decoder->logits.at_least(rows * vocabulary);
+        head_product(*decoder, cpu, rows, hidden, logits);
+        cpu.pool->each(rows, [&](int64_t r, int) { tokens[r] = largest_of(logits + r * vocabulary, vocabulary); });
         return LK_OK;
     });
 }

@@ -341,6 +341,66 @@ static void decode(lk_handle *handle) {
     CHECK(done[0] == lengths[0] && done[1] == lengths[1]);
 }
 
+// The likeliest token, with a screen of 8 bits and without, beside logits in double.
+static void likeliest(lk_handle *handle) {
+    constexpr int64_t WIDTH = 200, VOCAB = 700;
+    const List<float> norm = normal(WIDTH);
+    for (int kind = 0; kind < 4; kind++) { // no screen, one, one before a head whose rows are all alike, one that is far off
+        Matrix screen, head;
+        make(screen, LK_WEIGHT_INT8, VOCAB, WIDTH, 0);
+        head.weight.format = LK_WEIGHT_BFLOAT16, head.weight.out_features = VOCAB, head.weight.in_features = WIDTH;
+        List<float> error;
+        for (int64_t n = 0; n < VOCAB; n++) {
+            double off = 0, size = 0;
+            for (int64_t k = 0; k < WIDTH; k++) {
+                float value = screen.values[(size_t)((kind == 2 ? 0 : n) * WIDTH + k)];
+                if (kind == 1) value += 2 * screen.scale[(size_t)n] * normal(1)[0]; // the screen's own likeliest is another
+                head.halves.push_back(half(value)), head.values.push_back(whole(head.halves.back()));
+                const double apart = head.values.back() - screen.values[(size_t)(n * WIDTH + k)];
+                off += apart * apart, size += (double)value * value;
+            }
+            error.push_back((float)(std::sqrt(off) * (kind == 3 ? 1000 : 1) + std::sqrt(size) * 5e-4));
+        }
+        head.weight.data = head.halves.data();
+        const float table[2] = {1, 0};
+        const lk_layer none{};
+        lk_decoder_args args{};
+        args.width = WIDTH, args.heads = args.kv_heads = 1, args.head_dim = 2, args.eps = 1e-5f, args.layer = &none;
+        args.norm = norm.data(), args.head = head.weight, args.cos = args.sin = table, args.positions = args.blocks = 1;
+        args.block_size = 1;
+        if (kind) args.screen = screen.weight, args.screen_error = error.data();
+        lk_decoder *decoder;
+        CHECK(lk_decoder_create(handle, &args, &decoder) == LK_OK);
+        for (int64_t rows : {1, 3, 4, 9})
+            for (int round = 0; round < 10; round++) {
+                List<float> hidden = normal(rows * WIDTH);
+                List<int64_t> tokens((size_t)rows, -1);
+                CHECK(lk_decoder_likeliest(decoder, rows, hidden.data(), tokens.data()) == LK_OK);
+                for (int64_t r = 0; r < rows; r++) {
+                    double squares = 0, most = -INFINITY, found = NAN, size;
+                    List<float> x;
+                    for (int64_t k = 0; k < WIDTH; k++) squares += (double)hidden[(size_t)(r * WIDTH + k)] * hidden[(size_t)(r * WIDTH + k)];
+                    for (int64_t k = 0; k < WIDTH; k++)
+                        x.push_back((float)(hidden[(size_t)(r * WIDTH + k)] / std::sqrt(squares / WIDTH + 1e-5)) * norm[(size_t)k]);
+                    for (int64_t n = 0; n < VOCAB; n++) {
+                        const double logit = product(head, x.data(), n, &size);
+                        most = std::max(most, logit), found = n == tokens[(size_t)r] ? logit : found;
+                    }
+                    CHECK(found >= most - 1e-5 * size);
+                    if (kind == 2) CHECK(tokens[(size_t)r] == 0); // the first of equals
+                }
+            }
+        List<float> lost(2 * WIDTH, NAN); // found somewhere, and nothing breaks
+        int64_t tokens[2] = {-1, -1};
+        CHECK(lk_decoder_likeliest(decoder, 2, lost.data(), tokens) == LK_OK && tokens[0] == 0 && tokens[1] == 0);
+        lk_decoder_destroy(decoder);
+        args.screen = screen.weight, args.screen_error = nullptr;
+        CHECK(lk_decoder_create(handle, &args, &decoder) == LK_INVALID_ARGUMENT);
+        args.screen_error = error.data(), args.screen.out_features--;
+        CHECK(lk_decoder_create(handle, &args, &decoder) == LK_INVALID_ARGUMENT);
+    }
+}
+
 // Many short calls on several handles at once: helpers fall asleep, wake and are let go.
 static void many_calls() {
     List<std::thread> callers;
@@ -391,6 +451,7 @@ int main(int count, char **words) {
                         half_linear(handle, format, rows, out, in);
                 }
         decode(handle);
+        likeliest(handle);
     }
     lk_destroy(handle);
     if (failures) std::printf("%d failures\n", failures);
