@@ -188,7 +188,7 @@ class Handle:
         if library is None:
             raise LibraryError(f"{NAME} is not to be had; install llava_fast where there is a C++ compiler")
         self.library, self._linear_args = library, LinearArgs()
-        self._linear, self._linear_reference = library.lk_linear, byref(self._linear_args)
+        self._linear_reference = byref(self._linear_args)
         if library.lk_create(byref(self._handle), -1):
             raise LibraryError(library.lk_last_error(None).decode())
         self.threads = threads or default_threads()
@@ -214,13 +214,12 @@ class Handle:
         args.dtype, args.rows, args.weight = DTYPES[dtype], rows, weight
         args.x, args.x_stride, args.out = x.data_ptr(), x.stride(0), out.data_ptr()
         args.bias = None if bias is None else bias.data_ptr()
-        if status := self._linear(self._handle, self._linear_reference, None):
-            self.check(status)
+        self.check(self.library.lk_linear(self._handle, self._linear_reference, None))
         return out
 
     def run_linear(self, args: LinearArgs) -> None:
         """The same with arguments that were made before: about 15 us less a call."""
-        self.check(self._linear(self._handle, byref(args), None))
+        self.check(self.library.lk_linear(self._handle, byref(args), None))
 
     def vision_tower(self, args: VisionArgs) -> None:
         self.check(self.library.lk_vision_tower(self._handle, byref(args)))
