@@ -188,7 +188,6 @@ class Handle:
         if library is None:
             raise LibraryError(f"{NAME} is not to be had; install llava_fast where there is a C++ compiler")
         self.library, self._linear_args = library, LinearArgs()
-        self._linear_reference = byref(self._linear_args)
         if library.lk_create(byref(self._handle), -1):
             raise LibraryError(library.lk_last_error(None).decode())
         self.threads = threads or default_threads()
@@ -209,12 +208,13 @@ class Handle:
         Raises:
             LibraryError: a size that cannot be.
         """
-        args, dtype, rows = self._linear_args, x.dtype, len(x)  # made once: making one takes as long as a small product
+        args = self._linear_args  # made once: making one takes as long as a small product
+        dtype, rows = x.dtype, len(x)
         out = torch.empty(rows, weight.out_features, dtype=dtype)
         args.dtype, args.rows, args.weight = DTYPES[dtype], rows, weight
         args.x, args.x_stride, args.out = x.data_ptr(), x.stride(0), out.data_ptr()
         args.bias = None if bias is None else bias.data_ptr()
-        self.check(self.library.lk_linear(self._handle, self._linear_reference, None))
+        self.run_linear(args)
         return out
 
     def run_linear(self, args: LinearArgs) -> None:

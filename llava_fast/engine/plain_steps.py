@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from llava_fast.engine.inputs import BlockTables
 from llava_fast.engine.native_decoder import NativeDecoder
 from llava_fast.engine.sampler import Sampler
 from llava_fast.engine.scheduler import Chunk
+from llava_fast.engine.transfer import as_array
 from llava_kernels import library
+from llava_kernels.dispatch import chosen
 
 
 class PlainSteps:
@@ -33,8 +34,7 @@ class PlainSteps:
         (rows, blocks), width = tables.array.shape, embedding.shape[1]
         self._decoder, self._last = decoder, sampler.last.numpy()
         self._tables, self._block_size = tables, block_size
-        words = embedding.detach() if embedding.dtype == torch.float32 else embedding.detach().view(torch.int16)
-        self._embedding = words.numpy()
+        self._embedding = as_array(embedding)
         self._x = np.empty((rows, width), dtype=self._embedding.dtype)
         self._hidden = np.empty((rows, width), dtype=np.float32)
         self._tokens = np.empty(rows, dtype=np.int64)
@@ -58,7 +58,8 @@ class PlainSteps:
 
     @staticmethod
     def fit(chunks: list[Chunk]) -> bool:
-        return all(chunk.sequence.on_device and chunk.sequence.plain for chunk in chunks)
+        """Not where Triton's kernels are asked for, which the model's own modules run."""
+        return chosen() != "triton" and all(chunk.sequence.on_device and chunk.sequence.plain for chunk in chunks)
 
     def __call__(self, chunks: list[Chunk]) -> np.ndarray:
         """The next token of each sequence: (S,) int64."""

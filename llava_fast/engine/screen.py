@@ -10,9 +10,8 @@ from torch import Tensor
 from llava_kernels import Int8Weight, dequantize_int8, quantize_int8
 
 ROWS = 1024  # of the head that are in float32 at a time
-BY_CODES = (
-    2e-4  # activations have 15 bits and a sign in groups of 128: sqrt(128) / 65,534 of their norm, and a little more
-)
+# Activations have 15 bits and a sign in groups of 128: off by sqrt(128) / 65,534 of their norm, and a little more.
+BY_CODES = 2e-4
 
 
 @dataclass(frozen=True)

@@ -57,5 +57,9 @@ def gather(table: Tensor, rows: Tensor) -> Tensor:
     they wait for more."""
     if table.device.type != "cpu":
         return table.index_select(0, rows)
-    words = table.detach() if table.dtype == torch.float32 else table.detach().view(torch.int16)
-    return torch.from_numpy(words.numpy().take(rows.numpy(), axis=0)).view(table.dtype)
+    return torch.from_numpy(as_array(table).take(rows.numpy(), axis=0)).view(table.dtype)
+
+
+def as_array(table: Tensor) -> np.ndarray:
+    """The memory of float32 or 16-bit floats on a CPU, the latter as int16: numpy has no bfloat16."""
+    return (table.detach() if table.dtype == torch.float32 else table.detach().view(torch.int16)).numpy()

@@ -59,3 +59,9 @@ def test_none_without_the_library():
     processor = Processor.from_config(made.config, Tokenizer.load(TOKENIZER))
     with implementation("reference"), lf.Engine(made, processor, background=False) as engine:
         assert engine._runner.plain_steps is None
+
+
+def test_none_where_tritons_kernels_are_asked_for():
+    assert PlainSteps.fit([])
+    with implementation("triton"):
+        assert not PlainSteps.fit([])

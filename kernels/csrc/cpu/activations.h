@@ -24,13 +24,6 @@ inline float summed(lk_dtype dtype, const void *x, int64_t width, float mean, in
     return sum(total);
 }
 
-// Scale and offset of a group of 4 bits, the scale in the upper half; stride: of group_pairs.
-INLINE uint32_t pair_of(const lk_weight &weight, int64_t feature, int64_t group, int64_t stride) {
-    if (weight.group_pairs) return weight.group_pairs[feature * stride + group];
-    const int64_t at = group * weight.out_features + feature;
-    return (uint32_t)((const uint16_t *)weight.group_scale)[at] << 16 | ((const uint16_t *)weight.group_offset)[at];
-}
-
 struct Scaling {
     float mean = 0, factor = 1;
 };

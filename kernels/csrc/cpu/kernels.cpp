@@ -4,6 +4,7 @@
 #include "inner.h"
 #include "tiles.h"
 #include "vectors.h"
+#include "weights.h"
 
 namespace {
 

@@ -6,6 +6,7 @@
 #include "activations.h"
 #include "isa.h"
 #include "vectors.h"
+#include "weights.h"
 
 namespace {
 
