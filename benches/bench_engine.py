@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
 import llava_fast as lf
 from llava_fast.checkpoint import save_model
@@ -44,7 +44,7 @@ SHAPES = {
         torch.bfloat16,
     ),
 }
-DECODED = 48  # tokens of the answer whose speed is measured
+DECODED, BEHIND = 48, 600  # tokens of the answer whose speed is measured, and of the prompt before it
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Pair:
         return lf.Engine(model, self.processor, config, background=background)
 
     @torch.inference_mode()
-    def generate(self, requests: list[lf.Request]) -> list[list[int]]:
-        """transformers' tokens for one left-padded batch."""
+    def generate(self, requests: list[lf.Request], cache: DynamicCache | None = None) -> list[list[int]]:
+        """transformers' tokens for one left-padded batch. cache: of all but the last of a prompt's tokens; it grows."""
         ids = [self.expanded(request) for request in requests]
         longest = max(map(len, ids))
         tokens = max(request.sampling.max_tokens for request in requests)
@@ -75,12 +75,20 @@ class Pair:
             input_ids=torch.tensor([[0] * (longest - len(row)) + row for row in ids]),
             attention_mask=torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids]),
             **seen,
+            past_key_values=cache,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
             pad_token_id=0,
         )
         return [row[longest:].tolist() for row in made]
+
+    @torch.inference_mode()
+    def remembered(self, request: lf.Request) -> DynamicCache:
+        """transformers' cache of all tokens of a prompt without pictures but the last."""
+        cache = DynamicCache(config=self.theirs.config.text_config)
+        self.theirs(input_ids=torch.tensor([self.expanded(request)[:-1]]), past_key_values=cache, use_cache=True)
+        return cache
 
     def expanded(self, request: lf.Request) -> list[int]:
         image = self.processor.image_token_id
@@ -143,6 +151,17 @@ def test_decode(benchmark, pair, impl):
     run(benchmark, pair, impl, [request], rounds=5)
 
 
+@pytest.mark.parametrize("impl", ["ours", "ours int8", "ours int4", "transformers"])
+def test_decode_behind_a_prompt(benchmark, pair, impl):
+    """The prompt, as long as a picture of LLaVA-1.5 and a question, is in the cache on both sides."""
+    words = BEHIND if benchmark.enabled else 20
+    benchmark.group = f"engine, {pair.name}: decode, batch 1, behind {BEHIND} tokens"
+    request = ask(pair, 1, words=words, tokens=DECODED if benchmark.enabled else 2, picture=None)
+    cache = pair.remembered(request)
+    assert pair.generate([request], deepcopy(cache)) == pair.generate([request])
+    run(benchmark, pair, impl, [request], rounds=5, before=request, cache=cache)
+
+
 @pytest.mark.parametrize("impl", ["ours", "transformers"])
 def test_first_token(benchmark, pair, impl):
     benchmark.group = f"engine, {pair.name}: first token, one picture and 32 words"
@@ -167,17 +186,27 @@ def test_64_requests(benchmark, pair, impl):
 
 
 def run(
-    benchmark, pair: Pair, impl: str, requests: list[lf.Request], rounds: int, before: lf.Request | None = None
+    benchmark,
+    pair: Pair,
+    impl: str,
+    requests: list[lf.Request],
+    rounds: int,
+    before: lf.Request | None = None,
+    cache: DynamicCache | None = None,
 ) -> None:
-    """Time one pass over ``requests`` with nothing remembered but ``before``."""
+    """Time one pass over ``requests`` with nothing remembered but ``before``, and by transformers ``cache``."""
     with pair.engine(impl, background=len(requests) > 1) as engine:
+        copied = None
 
         def forget() -> None:
+            nonlocal copied
+            copied = deepcopy(cache)
             engine.clear_caches()
             if before is not None:
                 engine.generate([before])
 
-        work = (lambda: pair.generate(requests)) if impl == "transformers" else lambda: engine.generate(requests)
+        ours, theirs = lambda: engine.generate(requests), lambda: pair.generate(requests, copied)
+        work = theirs if impl == "transformers" else ours
         benchmark.pedantic(work, setup=forget, rounds=rounds, warmup_rounds=1)
     if benchmark.stats is None:
         return

@@ -32,18 +32,27 @@ Tile tile_at(const Attention &task, int64_t begin, int64_t count) {
     return tile;
 }
 
-// Reads a tile's keys and values of all heads, which lie side by side, from front to back in four streams: then memory
-// is as fast as the processor's own look-ahead makes it. Read head by head it would be half as fast, and no faster if
-// lines were asked for one by one, of which a core has few under way at a time.
-void bring(const Attention &task, const Tile &tile) {
+// Reads a tile's keys, or values, of all heads, which lie side by side, from front to back in four streams: then memory is
+// as fast as the processor's own look-ahead makes it. Read head by head it would be half as fast, and no faster if lines
+// were asked for one by one, during the tile before either, of which a core has few under way at a time.
+void bring(const Attention &task, const Tile &tile, const void *from) {
     const int64_t size = task.cache_dtype == LK_FLOAT32 ? 4 : 2, bytes = task.kv_heads * task.head_stride * size;
     const int64_t quarter = (tile.count + 3) / 4;
-    const void *const caches[] = {task.k, task.v};
     for (int64_t t = 0; t < quarter; t++)
-        for (const void *from : caches)
-            for (int64_t i = 0; i < bytes; i += 64)
-                for (int64_t part = 0; part < 4; part++)
-                    (void)*((const volatile char *)from + tile.at[least(part * quarter + t, tile.count - 1)] * size + i);
+        for (int64_t i = 0; i < bytes; i += 64)
+            for (int64_t part = 0; part < 4; part++)
+                (void)*((const volatile char *)from + tile.at[least(part * quarter + t, tile.count - 1)] * size + i);
+}
+
+// Row i of queries, head by head, in a matrix of tokens `stride` apart.
+template <class T>
+INLINE T *query_of(const Attention &task, int64_t i, T *matrix, int64_t stride) {
+    const int64_t head = i / task.rows, row = i % task.rows;
+    return matrix + row / task.group * stride + (head * task.group + row % task.group) * task.head_dim;
+}
+// Where what it came to belongs.
+INLINE float *result_of(const Attention &task, int64_t i) {
+    return task.partial ? task.partial + i * lk::attention_partial(task.head_dim) : query_of(task, i, task.out, task.out_stride);
 }
 
 // ---- many queries
@@ -56,7 +65,7 @@ void attend_many(const Attention &task, float *scratch) {
     float *keys = scratch, *values = keys + KEY_TILE * MAX_HEAD_DIM, *p = values + KEY_TILE * MAX_HEAD_DIM;
     float *q = p + lk::MAX_QUERIES * KEY_TILE, *out = q + lk::MAX_QUERIES * MAX_HEAD_DIM;
     const int64_t dim = task.head_dim, width = (dim + PANEL - 1) / PANEL * PANEL, rows = task.rows;
-    const int64_t all_keys = task.first + (rows - 1) / task.group + 1, size = task.cache_dtype == LK_FLOAT32 ? 4 : 2;
+    const int64_t size = task.cache_dtype == LK_FLOAT32 ? 4 : 2;
     const float factor = LOG2E / __builtin_sqrtf((float)dim); // scores are kept in units of log 2
     float most[lk::MAX_QUERIES], total[lk::MAX_QUERIES];
     for (int64_t r = 0; r < rows; r++) {
@@ -64,8 +73,8 @@ void attend_many(const Attention &task, float *scratch) {
         memset(out + r * width, 0, (size_t)width * sizeof(float));
         most[r] = -__builtin_inff(), total[r] = 0;
     }
-    for (int64_t begin = 0; begin < all_keys; begin += KEY_TILE) {
-        const Tile tile = tile_at(task, begin, least(KEY_TILE, all_keys - begin));
+    for (int64_t begin = task.begin; begin < task.end; begin += KEY_TILE) {
+        const Tile tile = tile_at(task, begin, least(KEY_TILE, task.end - begin));
         for (int64_t t = 0; t < tile.count; t++)
             to_float(task.cache_dtype, (const char *)task.k + tile.at[t] * size, values + t * dim, dim);
         turned(values, dim, tile.count, dim, keys, KEY_TILE);
@@ -75,15 +84,16 @@ void attend_many(const Attention &task, float *scratch) {
         }
         product(rows, KEY_TILE, dim, {q, dim, 1}, keys, KEY_TILE, p, KEY_TILE, false);
         for (int64_t r = 0; r < rows; r++) {
-            const int64_t seen = task.first + r / task.group + 1 - begin; // may be none
+            const int64_t seen = least(task.first + r / task.group + 1 - begin, tile.count); // may be none
             weights(p + r * KEY_TILE, seen, factor, most[r], total[r], out + r * width, width);
         }
         product(rows, width, tile.count, {p, KEY_TILE, 1}, values, width, out, width, true);
     }
     for (int64_t r = 0; r < rows; r++) {
-        float *to = task.out + r / task.group * task.out_stride + r % task.group * dim;
-        const float inverse = 1.f / total[r];
+        float *to = result_of(task, r);
+        const float inverse = task.partial ? 1.f : 1.f / total[r];
         for (int64_t d = 0; d < dim; d++) to[d] = out[r * width + d] * inverse;
+        if (task.partial) to[dim] = total[r], to[dim + 1] = most[r];
     }
 }
 
@@ -128,18 +138,19 @@ template <int R, class E>
 INLINE void scores(const float *q, const E *keys, int64_t stride, int64_t width, float *out) {
     vf total[R][TOKENS];
     for (int t = 0; t < TOKENS; t += 4) {
-        vf four[R][4] = {};
+        vf even[R][4] = {}, odd[R][4] = {};
         for (int64_t d = 0; d < width; d += RUN)
             for (int i = 0; i < 4; i++) {
                 const Run key = run_of(keys + (t + i) * stride + d);
                 for (int r = 0; r < R; r++) {
                     const float *query = q + r * width + d;
-                    four[r][i] += key.even * load<vf>(query);
-                    four[r][i] += key.odd * load<vf>(query + L);
+                    vf &second = R == 1 ? odd[r][i] : even[r][i]; // few sums would wait for themselves
+                    even[r][i] += key.even * load<vf>(query);
+                    second += key.odd * load<vf>(query + L);
                 }
             }
         for (int r = 0; r < R; r++)
-            for (int i = 0; i < 4; i++) total[r][t + i] = four[r][i];
+            for (int i = 0; i < 4; i++) total[r][t + i] = R == 1 ? even[r][i] + odd[r][i] : even[r][i];
     }
     for (int r = 0; r < R; r++) put_sums(total[r], out + r * TOKENS);
 }
@@ -204,13 +215,6 @@ INLINE const E *rows_of(const Attention &task, const Tile &tile, const void *cac
     return copy;
 }
 
-// Row i of queries, head by head, in a matrix of tokens `stride` apart.
-template <class T>
-INLINE T *query_of(const Attention &task, int64_t i, T *matrix, int64_t stride) {
-    const int64_t head = i / task.rows, row = i % task.rows;
-    return matrix + row / task.group * stride + (head * task.group + row % task.group) * task.head_dim;
-}
-
 // The same order for a row of `dim` floats that meet such rows, and back.
 template <class E>
 INLINE void into_runs(const float *x, int64_t dim, int64_t width, float *out) {
@@ -237,7 +241,6 @@ INLINE void from_runs(const float *x, float factor, int64_t dim, int64_t width, 
 template <class E>
 void attend_few(const Attention &task, float *scratch) {
     const int64_t dim = task.head_dim, width = (dim + RUN - 1) / RUN * RUN, heads = task.kv_heads, rows = task.rows;
-    const int64_t tokens = task.first + (rows - 1) / task.group + 1;
     const float factor = LOG2E / __builtin_sqrtf((float)dim); // scores are kept in units of log 2
     float *q = scratch, *out = q + lk::MAX_QUERIES * lk::MAX_HEAD_DIM; // (heads, rows, width) both
     E *copy = (E *)(out + lk::MAX_QUERIES * lk::MAX_HEAD_DIM);
@@ -245,10 +248,10 @@ void attend_few(const Attention &task, float *scratch) {
     Weighed queries[lk::MAX_QUERIES];
     for (int64_t i = 0; i < heads * rows; i++) into_runs<E>(query_of(task, i, task.q, task.q_stride), dim, width, q + i * width);
     memset(out, 0, (size_t)(heads * rows * width) * sizeof(float));
-    for (int64_t begin = 0; begin < tokens; begin += TOKENS) {
-        const Tile tile = tile_at(task, begin, least(TOKENS, tokens - begin));
+    for (int64_t begin = task.begin; begin < task.end; begin += TOKENS) {
+        const Tile tile = tile_at(task, begin, least(TOKENS, task.end - begin));
         int64_t stride;
-        if (heads > 1) bring(task, tile);
+        if (heads > 1) bring(task, tile, task.k);
         for (int64_t head = 0; head < heads; head++) {
             const E *keys = rows_of(task, tile, task.k, head, width, copy, &stride);
             int64_t i = head * rows;
@@ -256,22 +259,29 @@ void attend_few(const Attention &task, float *scratch) {
             if (i < (head + 1) * rows) scores<1>(q + i * width, keys, stride, width, score + i * TOKENS);
         }
         for (int64_t i = 0; i < heads * rows; i++) {
-            const int64_t row = rows == 1 ? 0 : i % rows, seen = task.first + row / task.group + 1 - begin; // may be none
+            const int64_t row = rows == 1 ? 0 : i % rows;
+            const int64_t seen = least(task.first + row / task.group + 1 - begin, tile.count); // may be none
             soften(score + i * TOKENS, seen, factor, width, queries[i], out + i * width);
         }
+        if (heads > 1) bring(task, tile, task.v);
         for (int64_t head = 0; head < heads; head++) {
             const E *values = rows_of(task, tile, task.v, head, width, copy, &stride);
             int64_t i = head * rows;
             for (; i + 4 <= (head + 1) * rows; i += 4)
                 weigh<4, 1>(score + i * TOKENS, values, stride, 0, width, out + i * width);
             for (; i < (head + 1) * rows; i++) {
-                const int64_t d = weigh<1, 2>(score + i * TOKENS, values, stride, 0, width, out + i * width);
+                int64_t d = weigh<1, 4>(score + i * TOKENS, values, stride, 0, width, out + i * width);
+                d = weigh<1, 2>(score + i * TOKENS, values, stride, d, width, out + i * width);
                 weigh<1, 1>(score + i * TOKENS, values, stride, d, width, out + i * width);
             }
         }
     }
-    for (int64_t i = 0; i < heads * rows; i++)
-        from_runs<E>(out + i * width, 1.f / sum(queries[i].total), dim, width, query_of(task, i, task.out, task.out_stride));
+    for (int64_t i = 0; i < heads * rows; i++) {
+        const float total = sum(queries[i].total);
+        float *to = result_of(task, i);
+        from_runs<E>(out + i * width, task.partial ? 1.f : 1.f / total, dim, width, to);
+        if (task.partial) to[dim] = total, to[dim + 1] = queries[i].most;
+    }
 }
 
 void attend(const Attention &task, float *scratch) {

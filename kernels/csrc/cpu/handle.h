@@ -49,6 +49,7 @@ struct lk_cpu {
     std::unique_ptr<lk::Pool> pool;
     PanelBuffer panel;
     Buffer<float> scratch; // a part for each thread
+    Buffer<float> partials; // of attention, where a sequence's keys are shared out
     struct {
         Buffer<float> stream, pixels, projected, attended, inner, lse, vectors;
     } vision;

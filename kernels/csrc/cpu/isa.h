@@ -50,7 +50,7 @@ struct Source {
     bool half;         // the model computes in bfloat16: values may be rounded to it
 };
 
-// A run of a sequence's queries with some heads of keys.
+// A run of a sequence's queries with some of its keys, of some heads.
 struct Attention {
     int64_t kv_heads;         // heads of keys
     int64_t rows;             // queries * group; kv_heads * rows is at most MAX_QUERIES
@@ -61,6 +61,8 @@ struct Attention {
     float *out;               // as q
     int64_t out_stride;
     int64_t first;            // position of the first query: it sees keys 0..first, the next one key more
+    int64_t begin, end;       // the keys that are looked at; a query must see one of them
+    float *partial;           // NULL, or what is written in place of out: attention_partial() floats for each head of queries
     lk_dtype cache_dtype;
     const void *k, *v;        // of the cache, at the first of the heads
     int64_t block_stride, token_stride, head_stride; // in elements
@@ -189,6 +191,9 @@ struct Isa {
     // out[i] = from[i] * scale + shift, rounded twice
     void (*normalise)(const uint8_t *from, int64_t count, float scale, float shift, float *out);
 };
+// What a query came to with some of its keys: head_dim sums of values, not divided yet by the sum of their weights, that
+// sum, and the largest score, in units of log 2. The weights are 2^(score - largest).
+constexpr int64_t attention_partial(int64_t head_dim) { return head_dim + 2; }
 // Floats of scratch memory that attend needs.
 constexpr int64_t ATTEND_SCRATCH = 2 * KEY_TILE * MAX_HEAD_DIM + MAX_QUERIES * (KEY_TILE + 2 * MAX_HEAD_DIM);
 

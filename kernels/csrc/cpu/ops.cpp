@@ -105,41 +105,6 @@ const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, 
     return panel;
 }
 
-void attend(lk_cpu &cpu, const PagedStep &step, const void *k_cache, const void *v_cache, const float *q,
-            int64_t q_stride, float *out) {
-    const int64_t group = step.heads / step.kv_heads, size = size_of(step.cache_dtype);
-    const int64_t most = MAX_QUERIES / group > 0 ? MAX_QUERIES / group : 1; // queries a task
-    // As many tasks a sequence as the longest has; those beyond a shorter one's end are empty.
-    int64_t longest = 0;
-    for (int64_t s = 0; s < step.sequences; s++) {
-        const int64_t queries = step.query_start[s + 1] - step.query_start[s];
-        longest = queries > longest ? queries : longest;
-    }
-    const int64_t runs = cdiv(longest, most);
-    // Many sequences that decode: a task takes several heads, whose keys lie side by side.
-    const int64_t spare = step.sequences * step.kv_heads / (4 * cpu.pool->threads());
-    const int64_t together = longest > 1 || spare < 1 ? 1 : std::min({spare, step.kv_heads, most});
-    const int64_t shares = cdiv(step.kv_heads, together);
-    float *scratch = cpu.scratch.at_least(ATTEND_SCRATCH * cpu.pool->threads());
-    cpu.pool->each(step.sequences * runs * shares, [&](int64_t task, int thread) {
-        const int64_t head = task % shares * together, run = task / shares % runs, s = task / shares / runs;
-        const int64_t begin = step.query_start[s], queries = step.query_start[s + 1] - begin;
-        const int64_t first = run * most, count = std::min(queries - first, most);
-        if (count <= 0) return;
-        const char *k = static_cast<const char *>(k_cache) + head * step.head_stride * size;
-        const char *v = static_cast<const char *>(v_cache) + head * step.head_stride * size;
-        const int64_t width = step.heads * step.head_dim, column = head * group * step.head_dim;
-        cpu.isa->attend({.kv_heads = std::min(together, step.kv_heads - head), .rows = count * group, .group = group,
-                         .head_dim = step.head_dim, .q = q + (begin + first) * q_stride + column, .q_stride = q_stride,
-                         .out = out + (begin + first) * width + column, .out_stride = width,
-                         .first = step.context_lens[s] - queries + first, .cache_dtype = step.cache_dtype, .k = k, .v = v,
-                         .block_stride = step.block_stride, .token_stride = step.token_stride,
-                         .head_stride = step.head_stride, .block_size = step.block_size,
-                         .table = step.block_table + s * step.table_stride},
-                        scratch + thread * ATTEND_SCRATCH);
-    });
-}
-
 lk_status check_step(lk_handle *handle, const PagedStep &step, int64_t tokens, int64_t blocks) {
     for (int64_t s = 0; s < step.sequences; s++) {
         const int64_t queries = step.query_start[s + 1] - step.query_start[s], context = step.context_lens[s];

@@ -104,7 +104,7 @@ static void project_splice(lk_handle *handle, lk_dtype dtype, int64_t images, in
 
 // Keys and values stored token by token in blocks that lie backwards and apart, then attended to.
 struct Cache {
-    static constexpr int64_t BLOCK = 4, BLOCKS = 12;
+    static constexpr int64_t BLOCK = 4, BLOCKS = 48, TABLE = 25;
     Cache(lk_dtype dtype, int64_t heads, int64_t dim, int64_t gap)
         : heads(heads), dim(dim), head(dim + gap), token(heads * head + gap), block(BLOCK * token + gap),
           k(dtype, BLOCKS * block, UNTOUCHED), v(dtype, BLOCKS * block, UNTOUCHED) {}
@@ -114,16 +114,18 @@ struct Cache {
 };
 
 static void store_and_attend(lk_handle *handle, lk_dtype dtype, int64_t kv_heads, int64_t group, int64_t dim, int64_t gap) {
-    const int64_t contexts[3] = {23, 1, 18}, queries[3] = {1, 1, 5}; // decoding twice, and a chunk of a prompt
-    const int64_t tokens = 7, heads = kv_heads * group;
+    // Decoding, with keys in several parts, in one and in parts again, and a chunk of a prompt.
+    constexpr int SEQUENCES = 5;
+    const int64_t contexts[SEQUENCES] = {99, 1, 18, 23, 40}, queries[SEQUENCES] = {1, 1, 5, 1, 1};
+    const int64_t tokens = 9, heads = kv_heads * group;
     Cache cache(dtype, kv_heads, dim, gap);
-    std::vector<int32_t> table(3 * 6, -1), lengths, starts{0};
+    std::vector<int32_t> table(SEQUENCES * Cache::TABLE, -1), lengths, starts{0};
     std::vector<int64_t> slots;
     int32_t next = Cache::BLOCKS - 1;
-    for (int s = 0; s < 3; s++) {
+    for (int s = 0; s < SEQUENCES; s++) {
         for (int64_t t = 0; t < contexts[s]; t++) {
-            if (t % Cache::BLOCK == 0) table[(size_t)(s * 6 + t / Cache::BLOCK)] = next--;
-            slots.push_back(table[(size_t)(s * 6 + t / Cache::BLOCK)] * Cache::BLOCK + t % Cache::BLOCK);
+            if (t % Cache::BLOCK == 0) table[(size_t)(s * Cache::TABLE + t / Cache::BLOCK)] = next--;
+            slots.push_back(table[(size_t)(s * Cache::TABLE + t / Cache::BLOCK)] * Cache::BLOCK + t % Cache::BLOCK);
         }
         lengths.push_back((int32_t)contexts[s]), starts.push_back(starts.back() + (int32_t)queries[s]);
     }
@@ -151,15 +153,15 @@ static void store_and_attend(lk_handle *handle, lk_dtype dtype, int64_t kv_heads
     const int64_t q_head = dim + gap, q_token = heads * q_head + gap;
     Array q(dtype, tokens * q_token), out(dtype, tokens * heads * dim, UNTOUCHED);
     lk_paged_attention_args args{};
-    args.dtype = args.cache_dtype = dtype, args.tokens = tokens, args.sequences = 3, args.heads = heads;
+    args.dtype = args.cache_dtype = dtype, args.tokens = tokens, args.sequences = SEQUENCES, args.heads = heads;
     args.kv_heads = kv_heads, args.head_dim = dim, args.block_size = Cache::BLOCK, args.max_query = 5, args.q = q.data();
     args.q_token_stride = q_token, args.q_head_stride = q_head, args.k_cache = cache.k.data(), args.v_cache = cache.v.data();
     args.cache_block_stride = cache.block, args.cache_token_stride = cache.token, args.cache_head_stride = cache.head;
-    args.block_table = table.data(), args.table_stride = 6, args.context_lens = lengths.data();
+    args.block_table = table.data(), args.table_stride = Cache::TABLE, args.context_lens = lengths.data();
     args.query_start = starts.data(), args.out = out.data();
     CHECK(lk_paged_attention(handle, &args, nullptr) == LK_OK);
     int64_t first = 0; // of the sequence's slots
-    for (int s = 0, t = 0; s < 3; first += contexts[s++])
+    for (int s = 0, t = 0; s < SEQUENCES; first += contexts[s++])
         for (int64_t i = 0; i < queries[s]; i++, t++)
             for (int64_t h = 0; h < heads; h++) {
                 const int64_t seen = contexts[s] - queries[s] + i + 1;
@@ -227,6 +229,8 @@ int main(int count, char **words) {
                 project_splice(handle, dtype, 2, 3, 0, 1, 4, gap, true);
                 if (gap) project_splice(handle, dtype, 2, 600, 1, 3, 5, gap, true); // more than are prepared at once
                 for (int64_t dim : {2, 18, 64}) store_and_attend(handle, dtype, 1, 1, dim, gap), store_and_attend(handle, dtype, 2, 3, dim, gap);
+                store_and_attend(handle, dtype, 7, 9, 18, gap); // more queries than a task takes
+                store_and_attend(handle, dtype, 1, 9, 18, gap);
                 for (int64_t rows : {1, 2, 5, 70}) strided_linear(handle, dtype, rows, 50, 37);
             }
     lk_destroy(handle);
