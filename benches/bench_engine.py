@@ -2,7 +2,7 @@
 
 Both get the same weights, pictures and prompts; pictures are resized by the same code on both sides. transformers gets
 what its users give it: ``generate`` with SDPA attention, and for many prompts one left-padded batch, which runs until
-its longest answer is done. Greedy throughout, and the answers' lengths are fixed.
+its longest answer is done. Greedy but where it says so, and the answers' lengths are fixed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class Pair:
     def generate(self, requests: list[lf.Request], cache: DynamicCache | None = None) -> list[list[int]]:
         """transformers' tokens for one left-padded batch. cache: of all but the last of a prompt's tokens; it grows."""
         ids = [self.expanded(request) for request in requests]
-        longest = max(map(len, ids))
+        longest, sampling = max(map(len, ids)), requests[0].sampling
+        drawn = {"do_sample": not sampling.greedy}
+        if not sampling.greedy:
+            drawn |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         tokens = max(request.sampling.max_tokens for request in requests)
         pictures = [picture for request in requests for picture in request.images]
         seen = {"pixel_values": self.processor.image.stack(pictures).to(self.model.dtype)} if pictures else {}
@@ -78,7 +81,7 @@ class Pair:
             past_key_values=cache,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
-            do_sample=False,
+            **drawn,
             pad_token_id=0,
         )
         return [row[longest:].tolist() for row in made]
@@ -148,6 +151,15 @@ def ask(pair: Pair, seed: int, words: int, tokens: int, picture: int | None = 0,
 def test_decode(benchmark, pair, impl):
     benchmark.group = f"engine, {pair.name}: decode, batch 1"
     request = ask(pair, 1, words=8, tokens=DECODED if benchmark.enabled else 2, picture=None)
+    run(benchmark, pair, impl, [request], rounds=5)
+
+
+@pytest.mark.parametrize("impl", ["ours", "ours int8", "ours int4", "transformers"])
+def test_decode_drawn(benchmark, pair, impl):
+    """As chats do, tokens are drawn, not the likeliest."""
+    benchmark.group = f"engine, {pair.name}: decode, batch 1, drawn at temperature 0.7 and top-p 0.9"
+    drawn = {"temperature": 0.7, "top_p": 0.9}
+    request = ask(pair, 1, words=8, tokens=DECODED if benchmark.enabled else 2, picture=None, **drawn)
     run(benchmark, pair, impl, [request], rounds=5)
 
 

@@ -242,6 +242,28 @@ LK_API lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float 
  * only those of the head's features are read that can have it: the rest lie below by more than the screen is off. */
 LK_API lk_status lk_decoder_likeliest(lk_decoder *decoder, int64_t rows, const float *hidden, int64_t *tokens);
 
+/* The next token of every row: penalties, temperature, top-k, top-p, min-p, then a draw that depends on the row's seed and
+ * position and on nothing else; llava_kernels.sample says exactly how, and draws the same. Settings are (rows,) each, NULL
+ * where they are off for all rows. */
+typedef struct lk_sample_args {
+    int64_t rows, vocabulary;
+    const float *logits;              /* (rows, vocabulary) */
+    int64_t logits_stride;            /* from row to row */
+    const int64_t *seeds, *positions;
+    const float *temperature;         /* below 1e-5: the largest logit, of equal ones the first */
+    const int32_t *top_k;             /* below 1: off */
+    const float *top_p, *min_p;       /* 1 and above, 0 and below: off */
+    const float *repetition_penalty, *presence_penalty, *frequency_penalty; /* need counts */
+    const int32_t *counts;            /* (rows, vocabulary) how often each id was generated, or NULL */
+    int64_t counts_stride;
+    const uint8_t *in_prompt;         /* (rows, vocabulary) 1 where the prompt has the id, or NULL */
+    int64_t in_prompt_stride;
+    const int64_t *table_rows;        /* (rows,) which rows of counts and in_prompt are theirs; NULL: as many, in order */
+    int64_t *ids;                     /* (rows,) */
+    float *logprobs;                  /* (rows,) log-softmax of the logits as given, at the ids; or NULL */
+} lk_sample_args;
+LK_API lk_status lk_sample(lk_handle *handle, const lk_sample_args *args);
+
 /* A CLIP vision tower in one call: patches, class token and positions, LayerNorm; then layers of LayerNorm, QKV, attention,
  * output and residual; LayerNorm, fc1, quick GELU, fc2 and residual. Between products everything is float32. */
 typedef struct lk_vision_layer {

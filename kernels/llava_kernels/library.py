@@ -164,6 +164,7 @@ def _declared(library: CDLL) -> CDLL:
     library.lk_decoder_step.argtypes = [c_void_p, POINTER(StepArgs)]
     library.lk_vision_tower.argtypes = [c_void_p, POINTER(VisionArgs)]
     library.lk_decoder_head.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
+    library.lk_sample.argtypes = [c_void_p, c_void_p]
     library.lk_decoder_likeliest.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     for name in ("lk_destroy", "lk_decoder_destroy"):
         function = getattr(library, name)
@@ -220,6 +221,10 @@ class Handle:
     def run_linear(self, args: LinearArgs) -> None:
         """The same with arguments that were made before: about 15 us less a call."""
         self.check(self.library.lk_linear(self._handle, byref(args), None))
+
+    def sample(self, args: Structure) -> None:
+        """args: llava_kernels.native_sample.SampleArgs."""
+        self.check(self.library.lk_sample(self._handle, byref(args)))
 
     def vision_tower(self, args: VisionArgs) -> None:
         self.check(self.library.lk_vision_tower(self._handle, byref(args)))

@@ -6,11 +6,14 @@ many sequences are sampled together, and nothing has to be summed up or sorted. 
 the softmax, which the kernel finds one bit of the float at a time: a count or a sum over the row a bit, and no sorting.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from llava_kernels import native, native_sample
 from llava_kernels.build import Build
 from llava_kernels.dispatch import use_triton
 from llava_kernels.tiles import blocks_for, blocks_on
@@ -70,7 +73,7 @@ def sample(
     _check(logits, seeds, positions, settings, counts, in_prompt)
     if counts is None and any(p is not None for p in penalties):
         raise ValueError("penalties need counts, how often each id was generated")
-    if use_triton(logits):
+    if use_triton(logits) or native_sample.fits(logits):
         return torch.ops.llava_kernels.sample(logits, seeds, positions, *settings, counts, in_prompt)
     return sample_reference(logits, seeds, positions, *settings, counts, in_prompt)
 
@@ -432,6 +435,14 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
     return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
+
+
+def _on_cpu(logits: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    draw: Any = native_sample.sample if native_sample.fits(logits) else sample_reference
+    return draw(logits, *rest)
+
+
+native.runs_on_cpu(_sample, _on_cpu)
 
 
 def builds(arch: int) -> list[Build]:

@@ -24,7 +24,7 @@ def deliver(sequence: Sequence, token: int, logprobs: Logprobs | None, row: int)
     elif answered == sequence.limit:
         reason = "length"
     handle = sequence.job.handle
-    if sequence.plain and not sequence.text.watches:
+    if sequence.simple and not sequence.text.watches:
         handle._publish(sequence.index, token, reason)
         return reason
     text, reason = _spell(sequence, token, answered, reason)

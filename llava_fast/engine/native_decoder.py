@@ -115,8 +115,12 @@ class NativeDecoder:
         """Final norm and output head: (n, D) float32 -> logits (n, V) float32."""
         hidden = hidden.contiguous()
         logits = torch.empty(hidden.shape[0], self.vocab_size)
-        self._decoder.head(hidden.shape[0], hidden.data_ptr(), logits.data_ptr())
+        self.write_logits(hidden.shape[0], hidden.data_ptr(), logits.data_ptr())
         return logits
+
+    def write_logits(self, rows: int, hidden: int, logits: int) -> None:
+        """The addresses of (rows, D) float32 before the final norm and of (rows, V) float32."""
+        self._decoder.head(rows, hidden, logits)
 
     def run(self, args: library.StepArgs) -> None:
         self._decoder.step(args)

@@ -98,10 +98,14 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
+    def simple(self) -> bool:
+        """Whether a token is all that is wanted, and none is favoured."""
+        return not (self.logit_bias or self.min_tokens or self.logprobs is not None)
+
+    @property
     def plain(self) -> bool:
         """Whether the likeliest token is all that is wanted."""
-        touched = self.penalizes or self.logit_bias or self.min_tokens or self.logprobs is not None
-        return self.greedy and not touched
+        return self.greedy and self.simple and not self.penalizes
 
 
 def _whole(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -71,6 +71,17 @@ class Sampler:
             if sequence.sampling.penalizes:
                 self._count_tokens(sequence)
 
+    def settings_of(self, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Of a sampler on the host: (n,) float32 of each column, and (n,) int64 seeds, of the rows (n,)."""
+        columns = np.ascontiguousarray(self._settings.numpy()[rows].T)  # (columns, n)
+        return dict(zip(COLUMNS, columns, strict=True)), self._seeds.numpy()[rows]
+
+    def seen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of a sampler on the host, once a sequence with penalties was admitted: how often each id was drawn,
+        (rows + 1, V) int32, and whether the prompt has it, (rows + 1, V) bool."""
+        assert self._counts is not None and self._in_prompt is not None
+        return self._counts.numpy(), self._in_prompt.numpy()
+
     def _count_tokens(self, sequence: Sequence) -> None:
         if self._counts is None or self._in_prompt is None:
             shape = (len(self.last), self.vocab_size)

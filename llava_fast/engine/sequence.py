@@ -23,7 +23,8 @@ class Sequence:
         asked: tokens of the prompt.
         known: tokens on the host.
         length: those and the ones that launched steps draw and the host has not read yet.
-        plain: the likeliest token is taken and nothing about it is told: no bias, penalty or log-probability.
+        simple: nothing about a token is told, and none is favoured: no log-probability and no bias.
+        plain: simple, and the likeliest token is taken, whatever came before.
         computed: tokens whose keys and values a launched step has put, or will put, into the cache.
         blocks: its blocks of the cache, in order.
         chain: the published number of each of its full blocks.
@@ -36,8 +37,8 @@ class Sequence:
 
     __slots__ = (
         "asked", "blocks", "chain", "computed", "finished", "ids", "index", "job", "known", "length", "limit",
-        "on_device", "order", "plain", "prompt", "root", "sampling", "scored", "seed", "slot", "stop_ids", "text",
-        "written",
+        "on_device", "order", "plain", "prompt", "root", "sampling", "scored", "seed", "simple", "slot", "stop_ids",
+        "text", "written",
     )  # fmt: skip
 
     def __init__(
@@ -61,7 +62,7 @@ class Sequence:
         self.ids = np.empty(self.known + limit, dtype=np.int64)
         self.ids[: self.known] = prompt.ids
         self.computed = self.written = 0
-        self.plain = sampling.plain
+        self.simple, self.plain = sampling.simple, sampling.plain
         scores = sampling.prompt_logprobs is not None and index == 0
         self.scored = 1 if scores else self.known  # nothing predicts the first
         self.slot = -1

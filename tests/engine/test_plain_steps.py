@@ -27,12 +27,24 @@ def counted(monkeypatch) -> list[int]:
     return steps
 
 
-def answers(made: lf.Llava, told: list[bool], **budgets) -> list[list[int]]:
-    """Answers one longer than the other; told: with log-probabilities, so that their steps are not plain."""
+DRAWN = [
+    {},
+    {"temperature": 0.8},
+    {"temperature": 1.3, "top_k": 40},
+    {"temperature": 1.0, "top_p": 0.8, "min_p": 0.01},
+    {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
+    {"temperature": 2.0, "min_p": 0.05, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+]
+
+
+def answers(made: lf.Llava, told: list[bool], drawn: list[dict] | None = None, **budgets) -> list[list[int]]:
+    """Answers one longer than the other. told: with log-probabilities, so that no step is plain; drawn: how."""
     rng, requests = np.random.default_rng(0), []
     for i, log in enumerate(told):
         wanted = 0 if log else None
-        sampling = lf.SamplingParams(max_tokens=20 + 3 * i, ignore_eos=True, logprobs=wanted)
+        how = {} if drawn is None else drawn[i] | {"seed": i}
+        sampling = lf.SamplingParams(max_tokens=20 + 3 * i, ignore_eos=True, logprobs=wanted, **how)
         words = [1, *rng.integers(10, 600, int(rng.integers(1, 60))).tolist()]
         requests.append(lf.Request(token_ids=words, sampling=sampling))
     processor = Processor.from_config(made.config, Tokenizer.load(TOKENIZER))
@@ -52,6 +64,19 @@ def test_the_same_tokens_whatever_is_told_about_them(counted, dtype, budgets):
     assert not counted
     assert answers(made, [True, False] * (count // 2), **budgets) == plain  # plain once the last of the told has ended
     assert counted
+
+
+def test_drawn_tokens_are_those_that_the_reference_draws(counted):
+    """Each by its own settings and seed, the likeliest among them, in steps of up to six."""
+    made, count = model(), len(DRAWN)
+    plain = answers(made, [False] * count, DRAWN)
+    assert max(counted) > 1
+    counted.clear()
+    assert answers(made, [True] * count, DRAWN) == plain
+    assert not counted
+    with implementation("reference"):
+        assert answers(made, [False] * count, DRAWN) == plain
+    assert not counted and len(set(map(tuple, plain))) == count
 
 
 def test_none_without_the_library():

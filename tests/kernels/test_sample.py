@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import llava_kernels
-from llava_kernels import sample
+from llava_kernels import library, native_sample, sample
 from llava_kernels.sample import _race_times
 
+without_library = pytest.mark.skipif(
+    library.load() is None or torch.cuda.is_available(), reason="the C library draws on CPUs, where it was built"
+)
+PATHS = ["reference", "triton", pytest.param("native", marks=without_library)]
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -126,7 +130,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_should(device):
     assert_distributed((rare > 500).long() * 2 + (rare % 2), {0: 0.25, 1: 0.25, 2: 0.25, 3: 0.25})
 
 
-@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize("path", PATHS)
 def test_filters_against_sorted_lists(path, device, dtype):
     """Random rows and settings: what is drawn may be drawn, and of that no more is missed than chance misses."""
     rows, positions = (4, 4) if path == "triton" and device.type == "cpu" else (40, 12)  # slow in the interpreter
@@ -153,7 +157,21 @@ def test_filters_against_sorted_lists(path, device, dtype):
 
 @pytest.mark.parametrize(("rows", "vocab"), [(5, 5), (3, 640), (2, 1000), (1, 5001)])
 def test_kernel_and_reference_choose_the_same(triton_path, device, dtype, rows, vocab):
-    logits = (4 * torch.randn(rows, vocab, device=device)).to(dtype)
+    choose_the_same((4 * torch.randn(rows, vocab, device=device)).to(dtype))
+
+
+@without_library
+@pytest.mark.parametrize(("rows", "vocab"), [(5, 5), (300, 640), (200, 1001), (40, 32_003)])
+def test_library_and_reference_choose_the_same(monkeypatch, rows, vocab):
+    calls, draw = [], native_sample.sample
+    monkeypatch.setattr(native_sample, "sample", lambda *given: calls.append(1) or draw(*given))
+    choose_the_same(4 * torch.randn(rows, vocab))
+    assert len(calls) == 5
+
+
+def choose_the_same(logits):
+    """What runs now and the reference, with random settings."""
+    (rows, vocab), device = logits.shape, logits.device
     given = settings(
         device,
         rows,
@@ -185,7 +203,7 @@ def test_kernel_and_reference_choose_the_same(triton_path, device, dtype, rows, 
         torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize("path", PATHS)
 class TestBoth:
     """What holds for the kernel and for the reference alike."""
 

@@ -135,6 +135,19 @@ constexpr int64_t flash_scratch(int64_t tokens, int64_t head_dim, bool backward)
                     : 2 * all + 2 * FLASH_BLOCK * width + FLASH_BLOCK * FLASH_BLOCK + MAX_HEAD_DIM;
 }
 
+// A token to be drawn from one row of logits; settings as in lk_sample_args, their neutral values where they are off.
+struct Draw {
+    int64_t vocabulary;
+    const float *logits;
+    const int32_t *counts;    // (vocabulary,) or NULL: no penalties
+    const uint8_t *in_prompt; // (vocabulary,) or NULL
+    float repetition, presence, frequency, temperature, top_p, min_p;
+    int32_t top_k;
+    int64_t seed, position;
+    float *scratch;           // (vocabulary rounded up to whole vectors,)
+    float *logprob;           // or NULL
+};
+
 // What one row or column of a resized picture is made of: `count` of those before, from `first` on, times weights in
 // units of 2^-22.
 struct Taps {
@@ -183,6 +196,8 @@ struct Isa {
     void (*swiglu_rows_backward)(const Swiglu &task, int64_t first, int64_t last);
     void (*varlen_attention)(const VarlenAttention &task, float *scratch);
     void (*varlen_attention_backward)(const VarlenAttention &task, float *scratch);
+
+    int64_t (*draw)(const Draw &task);
 
     // PICTURE_ROWS rows in width; out (PICTURE_ROWS, 3, plane).
     void (*across)(const Across &task, const uint8_t *const *rows, uint8_t *out);

@@ -2,6 +2,7 @@
 #include "activations.h"
 #include "attention.h"
 #include "inner.h"
+#include "sampling.h"
 #include "tiles.h"
 #include "vectors.h"
 #include "weights.h"
@@ -556,6 +557,6 @@ extern const Isa LK_ISA;
 const Isa LK_ISA = {NAME(LK_ISA), L, TILES, prepare, products, turn, swiglu, attend, to_float, from_float, layer_norm, biased,
                     LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
                     LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
-                    LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward,
+                    LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward, draw,
                     LK_INNER::across, LK_INNER::down, LK_INNER::normalise};
 } // namespace lk

@@ -185,6 +185,100 @@ static void store_and_attend(lk_handle *handle, lk_dtype dtype, int64_t kv_heads
             }
 }
 
+// Tokens drawn by the rules that llava_kernels/sample.py states, once more in doubles: sorted, cut off, and raced.
+struct Rules {
+    double temperature, top_p, min_p, repetition, presence, frequency;
+    int top_k;
+};
+
+static double race_time(int64_t seed, int64_t position, uint32_t token) {
+    auto mixed = [](uint32_t x) {
+        x = (x ^ (x >> 16)) * 0x85EBCA6Bu, x = (x ^ (x >> 13)) * 0xC2B2AE35u;
+        return x ^ (x >> 16);
+    };
+    const uint32_t low = (uint32_t)seed, high = (uint32_t)((uint64_t)seed >> 32), place = (uint32_t)position;
+    const uint32_t first = mixed(mixed(mixed(low ^ 0x243F6A88u) ^ high) ^ place);
+    const uint32_t second = mixed(mixed(mixed(place ^ 0x13198A2Eu) ^ low) ^ high);
+    return -std::log1p(-((mixed(mixed(token + first) ^ second) >> 1) * 0x1p-31 + 0x1p-32));
+}
+
+static void check_draw(const float *logits, const int32_t *counts, const uint8_t *in_prompt, int64_t vocabulary, Rules rules,
+                       int64_t seed, int64_t position, int64_t found, float logprob) {
+    std::vector<double> x(logits, logits + vocabulary);
+    double most = -INFINITY, total = 0, mass = 0, added = 0, best = 0;
+    for (double value : x) most = std::fmax(most, value);
+    for (double value : x) total += std::exp(value - most);
+    CHECK(found >= 0 && found < vocabulary && std::fabs(logits[found] - most - std::log(total) - logprob) < 1e-5 * (1 - logprob));
+    for (int64_t i = 0; i < vocabulary; i++) {
+        if (counts[i] > 0 || in_prompt[i]) x[(size_t)i] *= x[(size_t)i] > 0 ? 1 / rules.repetition : rules.repetition;
+        if (counts[i] > 0) x[(size_t)i] -= rules.presence + rules.frequency * counts[i];
+    }
+    most = -INFINITY;
+    for (double value : x) most = std::fmax(most, value);
+    if (rules.temperature < 1e-5) {
+        CHECK(x[(size_t)found] >= most - 1e-6 * (1 + std::fabs(most)));
+        return;
+    }
+    std::vector<double> weights, sorted;
+    for (double value : x) weights.push_back(std::exp((value - most) / rules.temperature));
+    sorted = weights, std::sort(sorted.rbegin(), sorted.rend());
+    if (rules.top_k > 0 && rules.top_k < vocabulary)
+        while (sorted.back() < sorted[(size_t)rules.top_k - 1]) sorted.pop_back();
+    double cut = sorted.back();
+    if (rules.top_p < 1) {
+        for (double w : sorted) mass += w;
+        size_t n = 0;
+        while (n == 0 || (n < sorted.size() && added < rules.top_p * mass * (1 - 1e-6))) added += sorted[n++];
+        cut = sorted[n - 1];
+    }
+    cut = std::fmax(cut, rules.min_p) * (1 - 1e-4);
+    for (int64_t i = 0; i < vocabulary; i++)
+        if (weights[(size_t)i] >= cut) best = std::fmax(best, weights[(size_t)i] / race_time(seed, position, (uint32_t)i));
+    CHECK(weights[(size_t)found] >= cut);
+    CHECK(weights[(size_t)found] / race_time(seed, position, (uint32_t)found) >= best * (1 - 1e-4));
+}
+
+static void draws(lk_handle *handle, int64_t rows, int64_t vocabulary, int64_t gap) {
+    const Rules rules[] = {{1, 1, 0, 1, 0, 0, 0}, {0.7, 1, 0, 1, 0, 0, 3}, {1.5, 0.8, 0, 1.3, 0.2, 0.1, 0}, {0, 0.5, 0, 1.3, 0, 0, 1},
+                           {0.9, 0.9, 0.1, 1, 0, 0, 7}};
+    const int64_t stride = vocabulary + gap;
+    Array logits(LK_FLOAT32, rows * stride), noise(LK_FLOAT32, 2 * rows * stride);
+    std::vector<int32_t> counts, top_k;
+    std::vector<uint8_t> in_prompt;
+    std::vector<float> of[6], logprobs((size_t)rows);
+    std::vector<int64_t> seeds, positions, table_rows, ids((size_t)rows, -1);
+    for (int64_t i = 0; i < rows * stride; i++) counts.push_back(noise[2 * i] > 1 ? 2 : 0), in_prompt.push_back(noise[2 * i + 1] > 1);
+    for (int64_t r = 0; r < rows; r++) {
+        const Rules &one = rules[r % 5];
+        const double values[] = {one.temperature, one.top_p, one.min_p, one.repetition, one.presence, one.frequency};
+        for (int i = 0; i < 6; i++) of[i].push_back((float)values[i]);
+        top_k.push_back(one.top_k), seeds.push_back(r * 0x123456789abLL - 5), positions.push_back(r + 3), table_rows.push_back(rows - 1 - r);
+    }
+    lk_sample_args args{};
+    args.rows = rows, args.vocabulary = vocabulary, args.logits = (const float *)logits.data(), args.logits_stride = stride;
+    args.seeds = seeds.data(), args.positions = positions.data(), args.temperature = of[0].data(), args.top_k = top_k.data();
+    args.top_p = of[1].data(), args.min_p = of[2].data(), args.repetition_penalty = of[3].data();
+    args.presence_penalty = of[4].data(), args.frequency_penalty = of[5].data(), args.ids = ids.data(), args.logprobs = logprobs.data();
+    CHECK(lk_sample(handle, &args) == LK_INVALID_ARGUMENT); // no counts
+    args.counts = counts.data(), args.counts_stride = stride, args.in_prompt = in_prompt.data(), args.in_prompt_stride = stride;
+    args.table_rows = table_rows.data();
+    CHECK(lk_sample(handle, &args) == LK_OK);
+    for (int64_t r = 0; r < rows; r++) {
+        Rules one = rules[r % 5];
+        one.temperature = of[0][(size_t)r], one.top_p = of[1][(size_t)r], one.min_p = of[2][(size_t)r];
+        const int64_t table = table_rows[(size_t)r] * stride;
+        check_draw(args.logits + r * stride, counts.data() + table, in_prompt.data() + table, vocabulary, one, seeds[(size_t)r],
+                   positions[(size_t)r], ids[(size_t)r], logprobs[(size_t)r]);
+    }
+    std::vector<float> none((size_t)vocabulary, -INFINITY);
+    lk_sample_args nothing{};
+    nothing.rows = 1, nothing.vocabulary = vocabulary, nothing.logits = none.data(), nothing.seeds = seeds.data();
+    nothing.positions = positions.data(), nothing.ids = ids.data(), nothing.logprobs = logprobs.data();
+    CHECK(lk_sample(handle, &nothing) == LK_OK && ids[0] == 0 && std::isnan(logprobs[0]));
+    none.back() = NAN, none.front() = 1e38f;
+    CHECK(lk_sample(handle, &nothing) == LK_OK && ids[0] == 0 && logprobs[0] == 0);
+}
+
 // x and out whose rows lie apart, in both types; nothing between the rows is written.
 static void strided_linear(lk_handle *handle, lk_dtype dtype, int64_t rows, int64_t out, int64_t in) {
     const int64_t gap = 3;
@@ -233,6 +327,11 @@ int main(int count, char **words) {
                 store_and_attend(handle, dtype, 1, 9, 18, gap);
                 for (int64_t rows : {1, 2, 5, 70}) strided_linear(handle, dtype, rows, 50, 37);
             }
+    for (int threads : {1, 3}) {
+        CHECK(lk_set_threads(handle, threads) == LK_OK);
+        for (int64_t vocabulary : {1, 3, 16, 50, 1001})
+            for (int64_t gap : {0, 5}) draws(handle, 1, vocabulary, gap), draws(handle, 33, vocabulary, gap);
+    }
     lk_destroy(handle);
     if (failures) std::printf("%d failures\n", failures);
     return failures != 0;
