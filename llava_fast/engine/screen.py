@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava_kernels import Int8Weight, dequantize_int8, quantize_int8
 
-ROWS = 1024  # of the head that are in float32 at a time
+ROWS = 256  # of the head that are in float32 at a time
 # Activations have 15 bits and a sign in groups of 128: off by sqrt(128) / 65,534 of their norm, and a little more.
 BY_CODES = 2e-4
 
@@ -32,13 +32,16 @@ class Screen:
     @torch.no_grad()
     def of(head: Tensor) -> Screen:
         """head: (V, D) bfloat16 on the CPU."""
-        words, scales, errors = [], [], []
+        form = quantize_int8(head[:0].float())
+        # Made first: between what each slice leaves behind they would hold on to the memory of all.
+        words = torch.empty(len(head), *form.words.shape[1:], dtype=form.words.dtype)
+        scale, error = torch.empty(len(head)), torch.empty(len(head))
         by_sums = 2 * (head.shape[1] + 64) * 2.0**-24  # of float32, in whichever order
         for start in range(0, len(head), ROWS):
-            exact = head[start : start + ROWS].float()
+            some = slice(start, start + ROWS)
+            exact = head[some].float()
             rounded = quantize_int8(exact)
             found = dequantize_int8(rounded)
-            words.append(rounded.words)
-            scales.append(rounded.scale)
-            errors.append((exact - found).norm(dim=1) * 1.0001 + exact.norm(dim=1) * (BY_CODES + by_sums) * 1.01)
-        return Screen(Int8Weight(torch.cat(words), torch.cat(scales), head.shape[1]), torch.cat(errors))
+            words[some], scale[some] = rounded.words, rounded.scale
+            error[some] = (exact - found).norm(dim=1) * 1.0001 + exact.norm(dim=1) * (BY_CODES + by_sums) * 1.01
+        return Screen(Int8Weight(words, scale, head.shape[1]), error)
