@@ -40,23 +40,10 @@ def fits(logits: Tensor) -> bool:
     return logits.dtype == torch.float32 and native.use_native(logits.detach(), choices=("auto", "native"))
 
 
-def sample(
-    logits: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    repetition_penalty: Tensor | None,
-    presence_penalty: Tensor | None,
-    frequency_penalty: Tensor | None,
-    counts: Tensor | None,
-    in_prompt: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`llava_kernels.sample`, whose arguments have been checked."""
+def sample(logits: Tensor, seeds: Tensor, positions: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`llava_kernels.sample`, whose arguments have been checked; rest: those of KINDS, counts, in_prompt."""
     rows, vocabulary = logits.shape
-    settings = (temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    *settings, counts, in_prompt = rest
     kept = {  # what the addresses point to
         name: setting.to(kind).contiguous()
         for (name, kind), setting in zip(KINDS.items(), settings, strict=True)

@@ -67,7 +67,7 @@ def test_the_same_tokens_whatever_is_told_about_them(counted, dtype, budgets):
 
 
 def test_drawn_tokens_are_those_that_the_reference_draws(counted):
-    """Each by its own settings and seed, the likeliest among them, in steps of up to six."""
+    """Each by its own settings and seed, the likeliest among them, in steps of up to seven."""
     made, count = model(), len(DRAWN)
     plain = answers(made, [False] * count, DRAWN)
     assert max(counted) > 1

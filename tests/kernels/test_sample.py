@@ -11,10 +11,10 @@ import llava_kernels
 from llava_kernels import library, native_sample, sample
 from llava_kernels.sample import _race_times
 
-without_library = pytest.mark.skipif(
+needs_library = pytest.mark.skipif(
     library.load() is None or torch.cuda.is_available(), reason="the C library draws on CPUs, where it was built"
 )
-PATHS = ["reference", "triton", pytest.param("native", marks=without_library)]
+PATHS = ["reference", "triton", pytest.param("native", marks=needs_library)]
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -160,7 +160,7 @@ def test_kernel_and_reference_choose_the_same(triton_path, device, dtype, rows, 
     choose_the_same((4 * torch.randn(rows, vocab, device=device)).to(dtype))
 
 
-@without_library
+@needs_library
 @pytest.mark.parametrize(("rows", "vocab"), [(5, 5), (300, 640), (200, 1001), (40, 32_003)])
 def test_library_and_reference_choose_the_same(monkeypatch, rows, vocab):
     calls, draw = [], native_sample.sample

@@ -1,7 +1,7 @@
 // Attention of a step, shared out among threads. A sequence that decodes has one query for all of its keys: these are shared
 // out, in parts that are put together afterwards (Flash-Decoding, Dao et al. 2023), and a task takes all heads of its keys,
 // which lie side by side. Memory is then read from front to back; head by head it gives a third as much. How keys are shared
-// out does not depend on the number of threads, so neither does what comes out.
+// out does not depend on the number of threads; how many heads a task takes does.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -34,15 +34,19 @@ int64_t keys_of_part(const PagedStep &step) {
     return std::max(cdiv(cdiv(keys, KEY_PARTS), KEY_UNIT) * KEY_UNIT, LEAST_KEYS);
 }
 
+struct Split {
+    int64_t sequence, first, count; // its partials
+};
+
 struct Parts {
     std::vector<Part> list; // the pool begins with the last
+    std::vector<Split> splits;
     int64_t partials = 0;
 };
 
 // Runs of queries, as many as a task takes, of one head each: later ones see more keys.
 void add_prompt(const PagedStep &step, int64_t s, Parts &parts) {
-    const int64_t queries = queries_of(step, s), before = step.context_lens[s] - queries;
-    const int64_t most = most_of(step);
+    const int64_t queries = queries_of(step, s), before = step.context_lens[s] - queries, most = most_of(step);
     for (int64_t first = 0; first < queries; first += most)
         for (int64_t head = 0; head < step.kv_heads; head++) {
             const int64_t count = std::min(most, queries - first);
@@ -52,6 +56,7 @@ void add_prompt(const PagedStep &step, int64_t s, Parts &parts) {
 
 void add_decode(const PagedStep &step, int64_t s, int64_t keys, int64_t heads, Parts &parts) {
     const int64_t context = step.context_lens[s], count = cdiv(context, keys);
+    if (count > 1) parts.splits.push_back({s, parts.partials, count});
     for (int64_t i = 0; i < count; i++) {
         const int64_t partial = count > 1 ? parts.partials++ : -1;
         for (int64_t head = 0; head < step.kv_heads; head += heads)
@@ -113,16 +118,10 @@ void attend(lk_cpu &cpu, const PagedStep &step, const void *k_cache, const void 
                          .table = step.block_table + s * step.table_stride},
                         scratch + thread * ATTEND_SCRATCH);
     });
-    const int64_t keys = parts.partials ? keys_of_part(step) : 1;
-    const float *partial = partials;
-    for (int64_t s = 0; parts.partials && s < step.sequences; s++) {
-        const int64_t count = queries_of(step, s) == 1 ? cdiv(step.context_lens[s], keys) : 1;
-        if (count == 1) continue;
+    for (const Split &split : parts.splits)
         for (int64_t head = 0; head < step.heads; head++)
-            put_together(partial + head * row, count, apart, step.head_dim,
-                         out + step.query_start[s] * width + head * step.head_dim);
-        partial += count * apart;
-    }
+            put_together(partials + split.first * apart + head * row, split.count, apart, step.head_dim,
+                         out + step.query_start[split.sequence] * width + head * step.head_dim);
 }
 
 } // namespace lk
