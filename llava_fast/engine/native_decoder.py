@@ -61,10 +61,8 @@ class NativeDecoder:
         self._decoder = library.Decoder(self.handle, args, keep=(model, cache, cos, sin, layers, pairs, screen))
 
     def _screen(self, head: Tensor | None) -> Screen | None:
-        """For heads of bfloat16; with AMX the library would not use it."""
-        if head is None or head.dtype != torch.bfloat16 or self.instructions == "amx":
-            return None
-        return Screen.of(head)
+        """For heads of bfloat16."""
+        return Screen.of(head) if head is not None and head.dtype == torch.bfloat16 else None
 
     @staticmethod
     def misfit(model: Llava) -> str | None:

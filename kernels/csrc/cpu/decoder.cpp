@@ -263,7 +263,8 @@ int64_t best_candidate(const lk_decoder &decoder, const lk_cpu &cpu, const Panel
 bool screen_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *hidden, int64_t *tokens) {
     const lk_weight &screen = decoder.args.screen;
     const int64_t vocabulary = screen.out_features, threads = cpu.pool->threads();
-    const Source source = head_source(decoder, hidden);
+    Source source = head_source(decoder, hidden);
+    source.half = false; // the screen's error knows nothing of activations that are rounded
     const Panel &panel = prepare(cpu, decoder.rough, screen, source, rows);
     float norms[SCREENED_ROWS], *floors = decoder.floors.at_least(threads * SCREENED_ROWS);
     float *rough = decoder.logits.at_least(rows * vocabulary);
@@ -370,9 +371,7 @@ lk_status lk_decoder_likeliest(lk_decoder *decoder, int64_t rows, const float *h
     CHECK_POINTERS(handle, {"hidden", hidden}, {"tokens", tokens});
     return guarded(handle, [&] {
         lk_cpu &cpu = *handle->cpu;
-        // In tiles the head's activations are rounded, which the screen's error knows nothing of.
-        const bool few = decoder->args.screen.data && rows <= SCREENED_ROWS && !cpu.isa->tiles;
-        if (few && screen_tokens(*decoder, cpu, rows, hidden, tokens)) return LK_OK;
+        if (decoder->args.screen.data && rows <= SCREENED_ROWS && screen_tokens(*decoder, cpu, rows, hidden, tokens)) return LK_OK;
         const int64_t vocabulary = decoder->args.head.out_features;
         float *logits = decoder->logits.at_least(rows * vocabulary);
         head_product(*decoder, cpu, rows, hidden, logits);

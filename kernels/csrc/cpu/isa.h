@@ -11,7 +11,7 @@ constexpr int64_t QUANTUM = 128; // values of K that share a scale in an activat
 constexpr int64_t PAIRS = 8;      // groups of a feature whose scales and offsets are read at a time
 constexpr int64_t MAX_GROUPS = 8192; // of K in a weight of 4 bits with no group_pairs
 constexpr int64_t ROW_BLOCK = 64; // rows of activations that a task multiplies at most
-constexpr int64_t TILE_ROWS = 5;  // from so many on codes of weights are worth making bfloat16 for tiles
+constexpr int64_t NEVER = INT64_MAX;
 constexpr int64_t MANY_ROWS = 8;  // from so many on (and no fewer than lanes) float weights meet them side by side
 
 
@@ -20,6 +20,7 @@ enum Layout {
     BY_ROW,       // (rows, K); where the weight is bfloat16 each run of 2 L values has its even ones first, then the odd
     SIDE_BY_SIDE, // (rows / lanes, K, lanes)
     IN_TILES,     // bfloat16, (rows / 16, K / 2, 16, 2): what tiles of weights meet
+    IN_PAIRS,     // bfloat16, (rows, K): pairs of neighbours meet pairs of a weight
 };
 
 // Activations as the weight's format wants them: (rows, K) prepared once, read by every output feature.
@@ -31,7 +32,7 @@ struct Panel {
     int64_t totals; // of `total` from row to row: groups rounded up to a multiple of PAIRS, the rest 0
     union {
         float *values;    // float weights
-        uint16_t *halves; // the same, IN_TILES
+        uint16_t *halves; // the same, IN_TILES and IN_PAIRS
     };
     int16_t *codes; // quantised weights: value = scale * code, those of a group in the order of the weight's words
     float *scale;   // (rows, groups)
@@ -170,7 +171,9 @@ struct Across {
 struct Isa {
     const char *name;
     int lanes;
-    bool tiles; // multiplies tiles of bfloat16
+    // From so many rows on, activations that may be rounded to bfloat16 meet tiles of weights; NEVER: the set has none.
+    // Weights of bfloat16 meet fewer in pairs, codes of 8 and 4 bits are not worth making bfloat16 for fewer.
+    int64_t tile_rows, coded_tile_rows;
 
     // Rows first..last-1 of the panel; side by side: first is a multiple of the lanes, in tiles of 16.
     void (*prepare)(const lk_weight &weight, const Source &source, int64_t first, int64_t last, const Panel &panel);
@@ -212,7 +215,7 @@ constexpr int64_t attention_partial(int64_t head_dim) { return head_dim + 2; }
 // Floats of scratch memory that attend needs.
 constexpr int64_t ATTEND_SCRATCH = 2 * KEY_TILE * MAX_HEAD_DIM + MAX_QUERIES * (KEY_TILE + 2 * MAX_HEAD_DIM);
 
-extern const Isa portable, avx2, avx512, avx512vnni, amx, neon; // those that the library was built with
+extern const Isa portable, avx2, avx512, avx512vnni, avx512bf16, amx, neon; // those that the library was built with
 
 // The best that this processor runs, or the one called `name`; NULL where there is none of that name, or it does not run.
 const Isa *find_isa(const char *name);

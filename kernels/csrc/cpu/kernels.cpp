@@ -2,6 +2,7 @@
 #include "activations.h"
 #include "attention.h"
 #include "inner.h"
+#include "pairs.h"
 #include "sampling.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -13,7 +14,8 @@ using lk::Panel;
 using lk::Source;
 
 constexpr int64_t PAIR = 2 * L; // bfloat16 values that are read at a time
-constexpr int ROWS = 3, WIDE = 4; // few rows of x, and of the weight, at a time: 12 sums and 4 operands fill 16 registers
+// Few rows of x, and of the weight, at a time: 12 sums and 4 operands fill 16 registers, 24 and 5 are most of 32.
+constexpr int ROWS = L == 16 ? 6 : 3, WIDE = 4;
 
 // ---- activations
 
@@ -71,8 +73,10 @@ void prepare(const lk_weight &weight, const Source &source, int64_t first, int64
             prepare_block(source, width, least(L, last - row), row, panel.values + row * panel.stride);
         return;
     }
-    if constexpr (TILES)
-        if (panel.layout == lk::IN_TILES) return prepare_tiles(weight, source, first, last, panel);
+#if defined(__AVX512BF16__)
+    if (panel.layout == lk::IN_TILES) return prepare_tiles(weight, source, first, last, panel);
+    if (panel.layout == lk::IN_PAIRS) return prepare_pairs(source, width, first, last, panel);
+#endif
     const bool coded = weight.format >= LK_WEIGHT_INT8;
     const int64_t group = panel.stride / panel.groups;
     for (int64_t row = first; row < last; row++) {
@@ -97,6 +101,7 @@ void prepare(const lk_weight &weight, const Source &source, int64_t first, int64
 // ---- products with weights of floats
 
 struct Float32 {
+    using Value = float; // of x
     static constexpr int64_t STEP = L;
     static constexpr int64_t SIZE = 4;
     static constexpr int FEATURES = 6; // in many_rows: sums and what they are made of fill the registers
@@ -116,6 +121,7 @@ struct Float32 {
 };
 
 struct Bfloat16 {
+    using Value = float;
     static constexpr int64_t STEP = PAIR;
     static constexpr int64_t SIZE = 2;
     static constexpr int FEATURES = 4;
@@ -157,7 +163,7 @@ INLINE void put(const vf (&total)[M][N], float *out, int64_t stride, int64_t apa
 
 // M rows of x with N of the weight, which lie `apart` rows from each other.
 template <class W, int M, int N>
-void tile(const lk_weight &weight, int64_t n, int64_t apart, const float *x, int64_t stride, float *out,
+void tile(const lk_weight &weight, int64_t n, int64_t apart, const typename W::Value *x, int64_t stride, float *out,
           int64_t out_stride, bool add) {
     vf total[M][N] = {};
     const char *w[N];
@@ -189,16 +195,21 @@ void tile(const lk_weight &weight, int64_t n, int64_t apart, const float *x, int
 }
 
 template <class W, int N>
-void tiles(const lk_weight &weight, int64_t n, int64_t apart, const float *x, int64_t stride, int64_t rows, float *out,
-           int64_t out_stride, bool add) {
+void tiles(const lk_weight &weight, int64_t n, int64_t apart, const typename W::Value *x, int64_t stride, int64_t rows,
+           float *out, int64_t out_stride, bool add) {
     int64_t m = 0;
-    if (constexpr int HALF = (N + 1) / 2; rows == 4) {
+    if (constexpr int HALF = (N + 1) / 2; rows == 4 && ROWS < 4) {
         for (int i = 0; i < N; i += HALF)
             tile<W, 4, HALF>(weight, n + i * apart, apart, x, stride, out + i * apart, out_stride, add);
         return;
     }
     for (; rows - m >= ROWS; m += ROWS)
         tile<W, ROWS, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
+    if constexpr (ROWS > 4) {
+        if (rows - m == 5) return tile<W, 5, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
+        if (rows - m == 4) return tile<W, 4, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
+        if (rows - m == 3) return tile<W, 3, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
+    }
     for (; rows - m >= 2; m += 2)
         tile<W, 2, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
     if (m < rows) tile<W, 1, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
@@ -207,7 +218,7 @@ void tiles(const lk_weight &weight, int64_t n, int64_t apart, const float *x, in
 // The weight's rows in WIDE runs that are read side by side: each is a stream that the processor sees ahead in. Rows
 // that are neighbours would make streams as short as a row.
 template <class W>
-void few_rows(const lk_weight &weight, const float *x, int64_t stride, int64_t rows, int64_t first, int64_t count,
+void few_rows(const lk_weight &weight, const typename W::Value *x, int64_t stride, int64_t rows, int64_t first, int64_t count,
               float *out, int64_t out_stride, bool add) {
     const int64_t run = count / WIDE;
     for (int64_t n = 0; n < run; n++) tiles<W, WIDE>(weight, first + n, run, x, stride, rows, out + n, out_stride, add);
@@ -337,9 +348,7 @@ struct Wide<32> {
     static INLINE f8 halved(vf x) {
         return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
     }
-    static INLINE vf widened(f8 x) {
-        return __builtin_shufflevector(x, f8{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    }
+    static INLINE vf widened(f8 x) { return extended(x); }
 };
 #endif
 
@@ -473,8 +482,12 @@ void products(const lk_weight &weight, const Panel &panel, int64_t first_row, in
               float *out, int64_t out_stride, bool add) {
     const float *x = panel.values + first_row * panel.stride;
     const bool wide = panel.layout == lk::SIDE_BY_SIDE;
-    if constexpr (TILES)
-        if (panel.layout == lk::IN_TILES) return tile_products(weight, panel, first_row, rows, first, count, out, out_stride, add);
+#if defined(__AVX512BF16__)
+    if (panel.layout == lk::IN_TILES) return tile_products(weight, panel, first_row, rows, first, count, out, out_stride, add);
+    if (panel.layout == lk::IN_PAIRS)
+        return few_rows<Pairs>(weight, panel.halves + first_row * panel.stride, panel.stride, rows, first, count, out,
+                               out_stride, add);
+#endif
     switch (weight.format) {
     case LK_WEIGHT_FLOAT32:
         return (wide ? many_rows<Float32> : few_rows<Float32>)(weight, x, panel.stride, rows, first, count, out, out_stride, add);
@@ -554,7 +567,7 @@ void biased(float *x, int64_t stride, int64_t rows, int64_t count, const float *
 
 namespace lk {
 extern const Isa LK_ISA;
-const Isa LK_ISA = {NAME(LK_ISA), L, TILES, prepare, products, turn, swiglu, attend, to_float, from_float, layer_norm, biased,
+const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, prepare, products, turn, swiglu, attend, to_float, from_float, layer_norm, biased,
                     LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
                     LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
                     LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward, draw,

@@ -17,6 +17,9 @@ static const Isa *const built[] = {
 #if defined(LK_HAVE_AMX)
     &amx,
 #endif
+#if defined(LK_HAVE_AVX512BF16)
+    &avx512bf16,
+#endif
     &avx512vnni, &avx512,
 #endif
 #if defined(LK_HAVE_X86)
@@ -52,8 +55,12 @@ static bool runs(const Isa *isa) {
     if (isa == &avx512) return wide;
     const bool vnni = wide && __builtin_cpu_supports("avx512vnni");
     if (isa == &avx512vnni) return vnni;
+#if defined(LK_HAVE_AVX512BF16)
+    const bool pairs = vnni && __builtin_cpu_supports("avx512bf16");
+    if (isa == &avx512bf16) return pairs;
 #if defined(LK_HAVE_AMX)
-    if (isa == &amx) return vnni && __builtin_cpu_supports("avx512bf16") && may_use_tiles();
+    if (isa == &amx) return pairs && may_use_tiles();
+#endif
 #endif
 #endif
 #endif
@@ -132,10 +139,13 @@ const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, i
     panel.stride = lk::cdiv(weight.in_features, group) * group; // 128 is a multiple of what any vectors take
     panel.groups = panel.stride / group, panel.rows = rows;
     panel.totals = lk::cdiv(panel.groups, lk::PAIRS) * lk::PAIRS;
-    const bool in_tiles = isa.tiles && half && (coded ? rows >= lk::TILE_ROWS : weight.format == LK_WEIGHT_BFLOAT16);
-    panel.layout = in_tiles                                               ? lk::IN_TILES
+    const bool rounded = half && isa.tile_rows < lk::NEVER && weight.format != LK_WEIGHT_FLOAT32;
+    panel.layout = rounded && rows >= (coded ? isa.coded_tile_rows : isa.tile_rows) ? lk::IN_TILES
+                   : rounded && !coded                                              ? lk::IN_PAIRS
                    : !coded && rows >= lk::MANY_ROWS && rows >= isa.lanes ? lk::SIDE_BY_SIDE
                                                                           : lk::BY_ROW;
+    // Rows that lie a multiple of 4 KiB apart would share, with those of the weight, a few places of the first cache.
+    if (!coded && (panel.layout == lk::BY_ROW || panel.layout == lk::IN_PAIRS)) panel.stride += 32;
     panel.values = values.at_least(lk::cdiv(rows, 16) * 16 * panel.stride); // lanes are at most 16
     if (coded) {
         panel.codes = codes.at_least(rows * panel.stride);

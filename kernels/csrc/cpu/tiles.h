@@ -1,18 +1,21 @@
-// Weights of 16 bits and fewer that meet activations of bfloat16, in the tiles of AMX: registers of 16 rows of 64 bytes. A
-// tile of weights is 16 features of 32 neighbours of K, read where it lies; one of activations has them transposed, in pairs
-// (IN_TILES). Of both comes a tile of 16 features by 16 activations, in float32.
+// Weights of 16 bits and fewer that meet activations of bfloat16, in tiles: one of weights is 16 features of 32 neighbours of
+// K, read where it lies; one of activations has them transposed, in pairs (IN_TILES). Of both comes a tile of 16 features by
+// 16 activations, in float32: by AMX, or by the dot products of AVX-512-BF16.
 #pragma once
 
 #include "activations.h"
 #include "isa.h"
 #include "vectors.h"
 #include "weights.h"
+#if defined(__AMX_BF16__)
+#include "tiles_amx.h"
+#elif defined(__AVX512BF16__)
+#include "tiles_dot.h"
+#endif
 
 namespace {
 
-#if defined(__AMX_BF16__)
-constexpr bool TILES = true;
-constexpr int64_t SIDE = 16, DEEP = 32; // rows and columns of a result; values of K in a tile
+#if defined(__AVX512BF16__)
 
 // Element i of vector j becomes element j of vector i.
 INLINE void transpose(vf (&v)[SIDE]) {
@@ -86,67 +89,7 @@ void prepare_tiles(const lk_weight &weight, const lk::Source &source, int64_t fi
     }
 }
 
-// ---- products
-
-struct alignas(64) TileShapes { // as the processor reads it: all eight tiles are whole
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Up to SIDE features of DEEP values that are not all there: the rest is 0.
-INLINE void copy_edge(const char *w, int64_t row, int64_t features, int64_t values, char *out) {
-    memset(out, 0, SIDE * DEEP * 2);
-    for (int64_t n = 0; n < features; n++) memcpy(out + n * DEEP * 2, w + n * row, (size_t)values * 2);
-}
-
-// The tile of weights in register W (the compiler wants to read its number) with R tiles of activations.
-#define MEET(W, X)                                  \
-    _tile_loadd(6, (X), 2 * DEEP);                  \
-    _tile_dpbf16ps(0, W, 6);                        \
-    if (R > 1) _tile_loadd(7, (X) + block, 2 * DEEP); \
-    if (R > 1) _tile_dpbf16ps(1, W, 7);             \
-    if (R > 2) _tile_loadd(6, (X) + 2 * block, 2 * DEEP); \
-    if (R > 2) _tile_dpbf16ps(2, W, 6);             \
-    if (R > 3) _tile_loadd(7, (X) + 3 * block, 2 * DEEP); \
-    if (R > 3) _tile_dpbf16ps(3, W, 7)
-
-// Up to SIDE features with R tiles of activations, which lie `block` apart, over `width` values of K; out: (R, SIDE, SIDE),
-// which is added to where there is more. Every weight is read once, whatever R.
-template <int R>
-INLINE void multiply_tiles(const char *w, int64_t row, int64_t width, int64_t features, const uint16_t *x, int64_t block,
-                           float *out, bool more) {
-    constexpr int64_t SIZE = SIDE * SIDE, BYTES = 4 * SIDE;
-    if (more) {
-        _tile_loadd(0, out, BYTES);
-        if (R > 1) _tile_loadd(1, out + SIZE, BYTES);
-        if (R > 2) _tile_loadd(2, out + 2 * SIZE, BYTES);
-        if (R > 3) _tile_loadd(3, out + 3 * SIZE, BYTES);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    const int64_t whole = features < SIDE ? 0 : width / DEEP;
-    int64_t i = 0;
-    for (; i + 2 <= whole; i += 2, w += 4 * DEEP, x += 2 * SIDE * DEEP) {
-        _tile_loadd(4, w, row);
-        MEET(4, x);
-        _tile_loadd(5, w + 2 * DEEP, row);
-        MEET(5, x + SIDE * DEEP);
-    }
-    alignas(64) char edge[2 * SIDE * DEEP];
-    for (; i * DEEP < width; i++, w += 2 * DEEP, x += SIDE * DEEP) {
-        copy_edge(w, row, features, least(DEEP, width - i * DEEP), edge);
-        _tile_loadd(4, edge, 2 * DEEP);
-        MEET(4, x);
-    }
-    _tile_stored(0, out, BYTES);
-    if (R > 1) _tile_stored(1, out + SIZE, BYTES);
-    if (R > 2) _tile_stored(2, out + 2 * SIZE, BYTES);
-    if (R > 3) _tile_stored(3, out + 3 * SIZE, BYTES);
-}
+// ---- products; SHORT: the last tile of activations has at most SIDE / 2 of them
 
 // A tile of results, (features, activations), to where it belongs: (activations, features).
 INLINE void put_tile(const float *tile, int64_t apart, float *out, int64_t stride, int64_t rows, int64_t features, bool add) {
@@ -164,14 +107,14 @@ INLINE void put_tile(const float *tile, int64_t apart, float *out, int64_t strid
 
 // SIDE features that lie `run` apart meet the activations at a time, then their neighbours: each is the head of a stream
 // of rows that the processor sees ahead in. A tile of neighbours would have streams as short as a row.
-template <int R>
+template <int R, bool SHORT>
 void streams_of(const char *w, int64_t row, int64_t width, int64_t run, const uint16_t *x, int64_t block, int64_t rows,
                 float *out, int64_t stride, bool add) {
     alignas(64) float found[SIDE][R][SIDE][SIDE]; // (neighbours, rows' tiles, streams, rows)
     for (int64_t first = 0; first < run; first += SIDE) {
         const int64_t some = least(SIDE, run - first);
         for (int64_t n = 0; n < some; n++)
-            multiply_tiles<R>(w + (first + n) * row, run * row, width, SIDE, x, block, found[n][0][0], false);
+            multiply_tiles<R, SHORT>(w + (first + n) * row, run * row, width, SIDE, x, block, found[n][0][0], false, false);
         for (int64_t i = 0; i < SIDE; i++)
             for (int r = 0; r < R; r++)
                 put_tile(found[0][r][i], R * SIDE * SIDE, out + i * run + first + r * SIDE * stride, stride,
@@ -181,17 +124,16 @@ void streams_of(const char *w, int64_t row, int64_t width, int64_t run, const ui
 
 // Neighbours side by side. Once their weights are near, as they are where so many activations meet them that it takes
 // several calls, a piece of K of these stays in the first cache while a group of features passes by.
-template <int R>
+template <int R, bool SHORT>
 void pieces_of(const char *w, int64_t row, int64_t width, int64_t count, const uint16_t *x, int64_t block, int64_t rows,
                float *out, int64_t stride, bool add) {
-    constexpr int64_t PIECE = 256, GROUP = 8 * SIDE;
     alignas(64) float found[GROUP / SIDE][R][SIDE][SIDE];
     for (int64_t first = 0; first < count; first += GROUP) {
         const int64_t end = least(first + GROUP, count);
         for (int64_t k = 0; k < width; k += PIECE)
             for (int64_t n = first; n < end; n += SIDE)
-                multiply_tiles<R>(w + n * row + 2 * k, row, least(PIECE, width - k), least(SIDE, end - n), x + k * SIDE,
-                                  block, found[(n - first) / SIDE][0][0], k > 0);
+                multiply_tiles<R, SHORT>(w + n * row + 2 * k, row, least(PIECE, width - k), least(SIDE, end - n), x + k * SIDE,
+                                  block, found[(n - first) / SIDE][0][0], k > 0, true);
         for (int64_t n = first; n < end; n += SIDE)
             for (int r = 0; r < R; r++)
                 put_tile(found[(n - first) / SIDE][r][0], SIDE, out + n + r * SIDE * stride, stride,
@@ -201,33 +143,36 @@ void pieces_of(const char *w, int64_t row, int64_t width, int64_t count, const u
 
 // ---- weights of 8 and 4 bits, as integers that bfloat16 holds exactly; scales come afterwards
 
-// Sixteen words of 16 bits hold 16 codes in each of their planes, `plane` values of K apart.
+// Words of 16 bits hold as many codes in each of their planes, `plane` values of K apart; nothing is rounded.
 template <int BITS>
 INLINE void decode(const uint8_t *w, int64_t count, int64_t plane, uint16_t *out) {
     if constexpr (BITS == 4) {
         alignas(32) static const uint16_t VALUE[16] = {0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100,
                                                        0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
         const __m256i values = load<__m256i>(VALUE);
-        for (int64_t from = 0; from < count; from += 4 * plane, w += 2 * plane)
-            for (int64_t j = 0; j < plane; j += 16) {
-                const __m256i words = load<__m256i>(w + 2 * j);
+        for (int64_t from = 0; from < count; from += 4 * plane, w += 2 * plane) {
+            for (int64_t j = 0; j < plane; j += 16)
                 for (int p = 0; p < 4; p++) // of the index the lowest four bits count
-                    store(out + from + p * plane + j, _mm256_permutexvar_epi16(_mm256_srli_epi16(words, 4 * p), values));
-            }
+                    store(out + from + p * plane + j,
+                          _mm256_permutexvar_epi16(_mm256_srli_epi16(load<__m256i>(w + 2 * j), 4 * p), values));
+        }
     } else {
-        for (int64_t from = 0; from < count; from += 2 * plane, w += 2 * plane)
-            for (int64_t j = 0; j < plane; j += 16) {
-                const vi words = __builtin_convertvector(load<vh>(w + 2 * j), vi);
-                for (int p = 0; p < 2; p++) {
-                    const vu value = (vu)__builtin_convertvector((words >> 8 * p & 255) - 128, vf);
-                    store(out + from + p * plane + j, __builtin_convertvector(value >> 16, vh)); // nothing is rounded
-                }
+        for (int64_t from = 0; from < count; from += 2 * plane, w += 2 * plane) // planes are 64 long
+            for (int64_t j = 0; j < plane; j += 32) {
+                const vi low = __builtin_convertvector(load<vh>(w + 2 * j), vi);
+                const vi high = __builtin_convertvector(load<vh>(w + 2 * j + 32), vi);
+                auto put = [&](int64_t at, vi a, vi b) {
+                    store(out + at, _mm512_cvtne2ps_pbh((__m512)__builtin_convertvector(b - 128, vf),
+                                                        (__m512)__builtin_convertvector(a - 128, vf)));
+                };
+                put(from + j, low & 255, high & 255);
+                put(from + plane + j, low >> 8, high >> 8);
             }
     }
 }
 
 // Up to SIDE features, `apart` from each other, with R tiles of activations, over all of K.
-template <int BITS, int R>
+template <int BITS, int R, bool SHORT>
 void multiply_coded(const lk_weight &weight, int64_t first, int64_t apart, int64_t features, const lk::Panel &panel,
                     int64_t row, float (*sum)[SIDE][SIDE]) {
     constexpr int64_t MOST = 256;
@@ -240,8 +185,8 @@ void multiply_coded(const lk_weight &weight, int64_t first, int64_t apart, int64
     for (int64_t k = 0; k < panel.stride; k += step) {
         const int64_t count = least(step, panel.stride - k);
         for (int64_t i = 0; i < features; i++) decode<BITS>(w + i * apart * bytes + k * BITS / 8, count, plane, codes[i]);
-        multiply_tiles<R>((const char *)codes, 2 * MOST, count, SIDE, x + k * SIDE, block,
-                          BITS == 4 ? part[0][0] : sum[0][0], BITS == 8 && k > 0);
+        multiply_tiles<R, SHORT>((const char *)codes, 2 * MOST, count, SIDE, x + k * SIDE, block,
+                          BITS == 4 ? part[0][0] : sum[0][0], BITS == 8 && k > 0, true);
         for (int64_t i = 0; BITS == 4 && i < features; i++) {
             const uint32_t pair = pair_of(weight, first + i * apart, k / group, panel.totals);
             const float scale = from_bf16((uint16_t)(pair >> 16)), offset = from_bf16((uint16_t)pair);
@@ -256,7 +201,7 @@ void multiply_coded(const lk_weight &weight, int64_t first, int64_t apart, int64
         for (int r = 0; r < R; r++) store(sum[r][i], load<vf>(sum[r][i]) * weight.scale[first + i * apart]);
 }
 
-template <int BITS, int R>
+template <int BITS, int R, bool SHORT>
 void coded_streams(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
                    float *out, int64_t stride, bool add) {
     alignas(64) float found[SIDE][R][SIDE][SIDE]; // as in streams_of
@@ -264,7 +209,7 @@ void coded_streams(const lk_weight &weight, const lk::Panel &panel, int64_t row,
     for (int64_t begin = 0; begin < run; begin += SIDE) {
         const int64_t some = least(SIDE, run - begin);
         for (int64_t n = 0; n < some; n++)
-            multiply_coded<BITS, R>(weight, first + begin + n, run, SIDE, panel, row, found[n]);
+            multiply_coded<BITS, R, SHORT>(weight, first + begin + n, run, SIDE, panel, row, found[n]);
         for (int64_t i = 0; i < SIDE; i++)
             for (int r = 0; r < R; r++)
                 put_tile(found[0][r][i], R * SIDE * SIDE, out + i * run + begin + r * SIDE * stride, stride,
@@ -272,41 +217,39 @@ void coded_streams(const lk_weight &weight, const lk::Panel &panel, int64_t row,
     }
     const int64_t done = run * SIDE;
     if (done == count) return;
-    multiply_coded<BITS, R>(weight, first + done, 1, count - done, panel, row, found[0]);
+    multiply_coded<BITS, R, SHORT>(weight, first + done, 1, count - done, panel, row, found[0]);
     for (int r = 0; r < R; r++)
         put_tile(found[0][r][0], SIDE, out + done + r * SIDE * stride, stride, least(SIDE, rows - r * SIDE), count - done, add);
 }
 
 // ---- all formats
 
-template <int R>
+template <int R, bool SHORT>
 void tiles_of(const lk_weight &weight, const lk::Panel &panel, int64_t first_row, int64_t rows, int64_t first, int64_t count,
               float *out, int64_t stride, bool add) {
     if (weight.format == LK_WEIGHT_INT8)
-        return coded_streams<8, R>(weight, panel, first_row, rows, first, count, out, stride, add);
+        return coded_streams<8, R, SHORT>(weight, panel, first_row, rows, first, count, out, stride, add);
     if (weight.format == LK_WEIGHT_INT4)
-        return coded_streams<4, R>(weight, panel, first_row, rows, first, count, out, stride, add);
+        return coded_streams<4, R, SHORT>(weight, panel, first_row, rows, first, count, out, stride, add);
     const int64_t width = weight.in_features, row = (weight.row_stride ? weight.row_stride : width) * 2;
-    const int64_t run = panel.rows > 2 * lk::ROW_BLOCK ? 0 : count / SIDE, done = run * SIDE, block = SIDE * panel.stride;
+    const int64_t run = panel.rows > STREAMED_ROWS ? 0 : count / SIDE, done = run * SIDE, block = SIDE * panel.stride;
     const char *w = (const char *)weight.data + first * row;
     const uint16_t *x = panel.halves + first_row * panel.stride;
-    if (run) streams_of<R>(w, row, width, run, x, block, rows, out, stride, add);
-    if (done < count) pieces_of<R>(w + done * row, row, width, count - done, x, block, rows, out + done, stride, add);
+    if (run) streams_of<R, SHORT>(w, row, width, run, x, block, rows, out, stride, add);
+    if (done < count) pieces_of<R, SHORT>(w + done * row, row, width, count - done, x, block, rows, out + done, stride, add);
 }
 
 void tile_products(const lk_weight &weight, const lk::Panel &panel, int64_t first_row, int64_t rows, int64_t first,
                    int64_t count, float *out, int64_t out_stride, bool add) {
     static_assert(lk::ROW_BLOCK == 4 * SIDE);
-    constexpr decltype(&tiles_of<1>) OF[] = {tiles_of<1>, tiles_of<2>, tiles_of<3>, tiles_of<4>};
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
-    OF[(rows - 1) / SIDE](weight, panel, first_row, rows, first, count, out, out_stride, add);
-    _tile_release();
+    constexpr decltype(&tiles_of<1, false>) OF[] = {tiles_of<1, HALVES>, tiles_of<1, false>, tiles_of<2, HALVES>,
+                                                    tiles_of<2, false>, tiles_of<3, HALVES>, tiles_of<3, false>,
+                                                    tiles_of<4, HALVES>, tiles_of<4, false>};
+    [[maybe_unused]] const Tiles tiles;
+    OF[2 * (rows - 1) / SIDE](weight, panel, first_row, rows, first, count, out, out_stride, add);
 }
 #else
-constexpr bool TILES = false;
-inline void prepare_tiles(const lk_weight &, const lk::Source &, int64_t, int64_t, const lk::Panel &) {}
-inline void tile_products(const lk_weight &, const lk::Panel &, int64_t, int64_t, int64_t, int64_t, float *, int64_t, bool) {}
+constexpr int64_t TILE_ROWS = lk::NEVER, CODED_TILE_ROWS = lk::NEVER;
 #endif
 
 } // namespace

@@ -33,6 +33,7 @@ typedef uint16_t h16 __attribute__((vector_size(32))); // sixteen 16-bit lanes o
 #if LK_LANES == 16
 typedef int32_t i16 __attribute__((vector_size(64)));
 typedef uint16_t h32 __attribute__((vector_size(64)));
+INLINE vf extended(f8 x) { return __builtin_shufflevector(x, f8{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 #endif
 
 template <class V>
