@@ -70,7 +70,7 @@ void add_product(lk_cpu &cpu, const lk_weight &weight, const Panel &panel, int64
 }
 
 void gate_and_up(lk_decoder &decoder, lk_cpu &cpu, const lk_weight &weight, const Panel &panel, int64_t rows, float *out) {
-    const int64_t inner = weight.out_features / 2, least = panel.layout == IN_TILES ? 96 : 48;
+    const int64_t inner = weight.out_features / 2, least = panel.layout == IN_TILES ? 128 : 48;
     float *scratch = decoder.scratch.at_least(2 * ROW_BLOCK * least * cpu.pool->threads());
     share_product(cpu, rows, inner, unit_of(panel, 12), [&](int64_t row, int64_t count, int64_t first, int64_t features, int thread) {
         float *gate = scratch + thread * 2 * ROW_BLOCK * least, *up = gate + ROW_BLOCK * least;

@@ -59,6 +59,7 @@ namespace lk {
 
 constexpr int64_t FEW_ROWS = 4; // activations that one thread prepares sooner than it could share them out
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t size_of(lk_dtype dtype) { return dtype == LK_FLOAT32 ? 4 : 2; }
 
@@ -91,31 +92,28 @@ inline int64_t unit_of(const Panel &panel, int64_t unit) { return panel.layout =
 // Where the next of one block's parts of a product begins: large ones first, so that rows of a weight are read in long runs,
 // small ones at the end, so that no thread waits long for the last.
 inline int64_t next_part(int64_t first, int64_t features, int64_t threads, int64_t unit) {
+    if (threads == 1) return features;
     const int64_t share = cdiv(3 * (features - first), 4 * threads), smallest = cdiv(features, 16 * threads);
     const int64_t next = first + cdiv(share > smallest ? share : smallest, unit) * unit;
     return next < features ? next : features;
 }
 
 // Calls body(first_row, rows, first, count, thread) for parts of a (rows, features) product that together cover it.
-// Parts have a multiple of `unit` features, but for the last, and at most ROW_BLOCK rows.
+// Parts have a multiple of `unit` features, but for the last, and at most ROW_BLOCK rows. Those of the same features follow
+// one another on one thread, so that the weight stays near, but where there are too few features for all threads.
 template <class F>
 void share_product(lk_cpu &cpu, int64_t rows, int64_t features, int64_t unit, F &&body) {
-    const int64_t threads = cpu.pool->threads(), row_blocks = cdiv(rows, ROW_BLOCK);
-    if (threads == 1 || row_blocks > 1) {
-        const int64_t wanted = threads == 1 ? 1 : cdiv(4 * threads, row_blocks);
-        const int64_t part = cdiv(cdiv(features, wanted), unit) * unit, parts = cdiv(features, part);
-        return cpu.pool->each(row_blocks * parts, [&](int64_t task, int thread) {
-            const int64_t row = task % row_blocks * ROW_BLOCK, first = task / row_blocks * part; // a part stays in the cache
-            body(row, rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK, first,
-                 features - first < part ? features - first : part, thread);
-        });
-    }
+    const int64_t threads = cpu.pool->threads(), blocks = cdiv(rows, ROW_BLOCK), wanted = cdiv(8 * threads * unit, features);
+    const int64_t shares = threads == 1 ? 1 : wanted < blocks ? wanted : blocks; // of the rows
     int64_t parts = 0;
     for (int64_t first = 0; first < features; parts++) first = next_part(first, features, threads, unit);
-    cpu.pool->each(parts, [&](int64_t task, int thread) { // the pool begins with the last task
+    cpu.pool->each(parts * shares, [&](int64_t task, int thread) { // the pool begins with the last task
         int64_t first = 0;
-        for (int64_t i = parts - 1; i > task; i--) first = next_part(first, features, threads, unit);
-        body(int64_t{0}, rows, first, next_part(first, features, threads, unit) - first, thread);
+        for (int64_t i = parts - 1; i > task / shares; i--) first = next_part(first, features, threads, unit);
+        const int64_t count = next_part(first, features, threads, unit) - first, share = task % shares;
+        const int64_t end = least((share + 1) * blocks / shares * ROW_BLOCK, rows);
+        for (int64_t row = share * blocks / shares * ROW_BLOCK; row < end; row += ROW_BLOCK)
+            body(row, least(ROW_BLOCK, end - row), first, count, thread);
     });
 }
 
