@@ -147,8 +147,8 @@ LK_API lk_status lk_paged_attention(lk_handle *handle, const lk_paged_attention_
 /* Threads that a call may use, the caller's among them; 1 to begin with. They sleep when no call comes for
  * 60 us, or for 500 us where the call before came as soon. */
 LK_API lk_status lk_set_threads(lk_handle *handle, int threads);
-/* "portable", "avx2", "avx512", "avx512vnni", "amx" or "neon": LK_UNSUPPORTED where the processor or the build lacks it. To
- * begin with, and with NULL, the best there is. */
+/* "portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx" or "neon": LK_UNSUPPORTED where the processor or the build
+ * lacks it. To begin with, and with NULL, the best there is. */
 LK_API lk_status lk_set_instructions(lk_handle *handle, const char *name);
 LK_API const char *lk_instructions(const lk_handle *handle);
 

@@ -434,7 +434,7 @@ int main(int count, char **words) {
     CHECK(!std::strcmp(lk_instructions(handle), name));
     for (int threads : {1, 3}) {
         CHECK(lk_set_threads(handle, threads) == LK_OK);
-        for (int64_t rows : {1, 2, 3, 4, 5, 7, 8, 9, 17, 66})
+        for (int64_t rows : {1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 17, 66})
             for (int64_t out : {1, 6, 53})
                 for (int64_t in : {1, 31, 128, 200, 1027, 2200}) {
                     if (in > 1000 && (rows > 9 || rows < 4) && rows != 1) continue; // two pieces, or runs of groups: enough
@@ -443,9 +443,9 @@ int main(int count, char **words) {
                     linear(handle, LK_WEIGHT_INT8, 0, rows, out, in);
                     for (int64_t group : {64, 128, 256}) linear(handle, LK_WEIGHT_INT4, group, rows, out, in);
                 }
-        for (int64_t rows : {1, 4, 16, 17, 35, 66, 130})
+        for (int64_t rows : {1, 4, 7, 8, 13, 17, 30, 35, 45, 50, 66, 130}) // few, and whole and half tiles
             for (int64_t out : {1, 16, 47, 300})
-                for (int64_t in : {1, 31, 32, 200, 1100}) {
+                for (int64_t in : {1, 31, 32, 200, 1101}) {
                     if (in > 1000 && rows * out > 1000) continue;
                     for (lk_weight_format format : {LK_WEIGHT_BFLOAT16, LK_WEIGHT_INT8, LK_WEIGHT_INT4})
                         half_linear(handle, format, rows, out, in);
