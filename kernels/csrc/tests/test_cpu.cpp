@@ -130,7 +130,7 @@ static void linear(lk_handle *handle, lk_weight_format format, int64_t group, in
         for (int64_t n = 0; n < out; n++) {
             double size, exact = product(m, x.data() + r * x_stride, n, &size) + bias[(size_t)n];
             const double off = std::fabs(exact - y[(size_t)(r * out_stride + n)]) / (size + 1);
-            worst = off <= worst ? worst : off; // a NaN is the worst
+            if (worst == worst && !(off <= worst)) worst = off; // a NaN is the worst, and stays it
         }
     for (int64_t r = 0; r + 1 < rows; r++)
         for (int64_t i = 0; i < gap; i++) CHECK(y[(size_t)(r * out_stride + out + i)] == -7);
