@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llava_kernels import native
 from llava_kernels.build import Build
 from llava_kernels.dispatch import use_triton
 from llava_kernels.linear import linear
@@ -36,7 +37,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     d, c = weight.shape
     if x.shape[-1] != c or (bias is not None and bias.shape != (d,)):
         raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)} or the bias")
-    if use_triton(x):
+    if use_triton(x) or native.use_native(x, weight, bias, choices=("auto", "native")):
         return torch.ops.llava_kernels.linear_gelu(x, weight, bias)
     return linear_gelu_reference(x, weight, bias)
 
@@ -183,6 +184,9 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 m, *steps, c, d, EVEN_K=c % sizes["BLOCK_K"] == 0, **sizes,
             )  # fmt: skip
     return out
+
+
+native.runs_on_cpu(_linear_gelu, native.linear_gelu)
 
 
 @_linear_gelu.register_fake

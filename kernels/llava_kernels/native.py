@@ -121,7 +121,18 @@ def _linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     out = handle().linear(rows, weight, None if bias is None else bias.contiguous())
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from llava_kernels import library
+
+    weight = weight.contiguous()  # by name: what is described below lives as long
+    y = _linear(x, library.float_weight(weight), bias)
+    # In pieces for which torch wakes no threads: they wait for more on a core that the library's want.
+    for piece in y.view(-1).split(1 << 14):
+        torch.ops.aten.gelu_(piece)
+    return y
 
 
 def project_splice(

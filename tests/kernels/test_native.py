@@ -61,6 +61,25 @@ def test_quantized_linear(kind, dtype, calls):
 
 
 @dtypes
+def test_linear_gelu(dtype, calls):
+    weight, bias = noise(70, 300, dtype=dtype, seed=1) / 300**0.5, noise(70, dtype=dtype, seed=2)
+    tower = noise(3, 100, 300, dtype=dtype)  # a class token before the patches; GELU takes its 20,790 values in two pieces
+    for x in (tower[:, 1:], noise(300, dtype=dtype), noise(2, 2, 5, 300, dtype=dtype), tower[:0], tower[..., :150]):
+        columns = weight[:, : x.shape[-1]]
+        for added in (bias, None):
+            y = x.double() @ columns.double().T + (0 if added is None else added.double())
+            exact = y * torch.special.erfc(-y / 2**0.5) / 2
+            with torch.no_grad():
+                close(lk.linear_gelu(x, columns, added), exact, dtype, 3)
+    assert calls == ["lk_linear"] * 10
+    with lk.implementation("auto"):  # by itself, too; not where gradients are wanted
+        lk.linear_gelu(x, columns, bias)
+        assert len(calls) == 11
+        lk.linear_gelu(x, columns.clone().requires_grad_(), bias).sum().backward()
+    assert len(calls) == 11
+
+
+@dtypes
 def test_project_splice(dtype, calls):
     tower = noise(2, 7, 20, dtype=dtype)  # a class token before six patches
     weight, bias, table = noise(9, 20, dtype=dtype, seed=1), noise(9, dtype=dtype, seed=2), noise(11, 9, dtype=dtype)

@@ -89,7 +89,7 @@ const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, 
 // Features that parts of a product have a multiple of: whole tiles, or what the other kernels take at a time.
 inline int64_t unit_of(const Panel &panel, int64_t unit) { return panel.layout == IN_TILES ? 32 : unit; }
 
-// Where the next of one block's parts of a product begins: large ones first, so that rows of a weight are read in long runs,
+// Where the next of a product's parts begins: large ones first, so that rows of a weight are read in long runs,
 // small ones at the end, so that no thread waits long for the last.
 inline int64_t next_part(int64_t first, int64_t features, int64_t threads, int64_t unit) {
     if (threads == 1) return features;
