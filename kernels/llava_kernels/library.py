@@ -177,7 +177,8 @@ class Handle:
 
     Args:
         threads: that a call may use; None: as many as torch uses, but no more than this process has processors.
-        instructions: "portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx" or "neon"; None: the best there is.
+        instructions: "portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx" or "neon"; None: the
+            best there is.
 
     Raises:
         LibraryError: there is no library, or the processor lacks the instructions.

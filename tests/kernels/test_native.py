@@ -63,7 +63,7 @@ def test_quantized_linear(kind, dtype, calls):
 @dtypes
 def test_linear_gelu(dtype, calls):
     weight, bias = noise(70, 300, dtype=dtype, seed=1) / 300**0.5, noise(70, dtype=dtype, seed=2)
-    tower = noise(3, 100, 300, dtype=dtype)  # a class token before the patches; GELU takes its 20,790 values in two pieces
+    tower = noise(3, 100, 300, dtype=dtype)  # a class token before the patches; GELU takes two pieces
     for x in (tower[:, 1:], noise(300, dtype=dtype), noise(2, 2, 5, 300, dtype=dtype), tower[:0], tower[..., :150]):
         columns = weight[:, : x.shape[-1]]
         for added in (bias, None):
