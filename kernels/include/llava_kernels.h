@@ -160,9 +160,9 @@ typedef enum lk_weight_format {
 } lk_weight_format;
 
 /* A matrix (out_features, in_features). The codes of 8 and 4 bits lie as quantized_linear.py says, in_features rounded
- * up to a multiple of 128 or of group_size. Activations that meet them are rounded to 16 bits a group of values; with "amx",
- * where the dtype of the call is bfloat16, to bfloat16 for those of 16 bits and, from five rows on, for all; what becomes
- * of a row does not depend there on the others. */
+ * up to a multiple of 128 or of group_size. Activations that meet them are rounded to 16 bits a group of values. With "amx"
+ * and "avx512bf16", where the dtype of the call is bfloat16, activations are rounded to bfloat16: those that meet weights of
+ * 16 bits always, others from five ("amx") or sixteen rows on. */
 typedef struct lk_weight {
     lk_weight_format format;
     int64_t out_features, in_features;
@@ -176,7 +176,7 @@ typedef struct lk_weight {
                                              * with the codes, in one stream: faster. NULL: there is none */
 } lk_weight;
 
-/* x W^T + b, added up in float32 (int8 and int4: in integers within a group). */
+/* x W^T + b, added up in float32 (int8 and int4: in integers within a group), or GELU(x W^T + b). */
 typedef struct lk_linear_args {
     lk_dtype dtype; /* of x, bias and out: LK_FLOAT32 or LK_BFLOAT16 */
     int64_t rows;
@@ -186,6 +186,7 @@ typedef struct lk_linear_args {
     const void *bias;   /* (out_features,), or NULL */
     void *out;          /* (rows, out_features) */
     int64_t out_stride; /* from row to row */
+    int gelu;           /* not 0: GELU by the normal distribution (Hendrycks and Gimpel 2016), before anything is rounded */
 } lk_linear_args;
 LK_API lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream stream);
 

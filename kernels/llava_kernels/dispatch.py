@@ -43,7 +43,7 @@ def implementation(choice: str) -> Iterator[None]:
 
     "auto" and "native" decode and see on CPUs through the C library (:mod:`llava_kernels.library`) where it was built,
     and train with its norms, rotation, SwiGLU and attention (:mod:`llava_kernels.native_training`); so does
-    project_splice without gradients (:mod:`llava_kernels.native`) and sample of float32 logits
+    project_splice and linear_gelu without gradients (:mod:`llava_kernels.native`) and sample of float32 logits
     (:mod:`llava_kernels.native_sample`), and pictures are prepared by it (:mod:`llava_kernels.image`). "native" takes
     it for linear_int8, linear_int4 and paged_attention too, without gradients; for all other operations both are
     "reference" on CPUs. "triton" on CPU tensors needs TRITON_INTERPRET=1 in the environment before the import.

@@ -126,6 +126,7 @@ class LinearArgs(Structure):
         ("bias", c_void_p),
         ("out", c_void_p),
         ("out_stride", c_int64),
+        ("gelu", c_int),
     ]
 
 
@@ -204,8 +205,9 @@ class Handle:
         if status:
             raise LibraryError(self.library.lk_last_error(self._handle).decode())
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        """x: (rows, K) float32 or bfloat16, its rows contiguous; bias: (N,) in its dtype -> (rows, N) in its dtype.
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+        """x: (rows, K) float32 or bfloat16, its rows contiguous; bias: (N,) in its dtype -> (rows, N) in its dtype, or
+        the exact GELU of that.
 
         Raises:
             LibraryError: a size that cannot be.
@@ -215,7 +217,7 @@ class Handle:
         out = torch.empty(rows, weight.out_features, dtype=dtype)
         args.dtype, args.rows, args.weight = DTYPES[dtype], rows, weight
         args.x, args.x_stride, args.out = x.data_ptr(), x.stride(0), out.data_ptr()
-        args.bias = None if bias is None else bias.data_ptr()
+        args.bias, args.gelu = None if bias is None else bias.data_ptr(), gelu
         self.run_linear(args)
         return out
 

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llava_kernels.dispatch import chosen, constant_under_compile
@@ -117,22 +118,21 @@ def linear_int4(
     return _linear(x, library.int4_weight(weight), bias)
 
 
-def _linear(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Any, bias: Tensor | None, gelu: bool = False) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    out = handle().linear(rows, weight, None if bias is None else bias.contiguous())
+    if rows.stride(-1) != 1 or not all(rows.stride()):  # a stride of 0 would stand for contiguous
+        rows = rows.contiguous()
+    out = handle().linear(rows, weight, None if bias is None else bias.contiguous(), gelu)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from llava_kernels import library
 
-    weight = weight.contiguous()  # by name: what is described below lives as long
-    y = _linear(x, library.float_weight(weight), bias)
-    # In pieces for which torch wakes no threads: they wait for more on a core that the library's want.
-    for piece in y.view(-1).split(1 << 14):
-        torch.ops.aten.gelu_(piece)
-    return y
+    if not x.numel() or not weight.numel():
+        return F.gelu(F.linear(x, weight, bias))
+    weight = weight.contiguous().view(-1).view(weight.shape)  # by name: what is described below lives as long
+    return _linear(x, library.float_weight(weight), bias, gelu=True)
 
 
 def project_splice(

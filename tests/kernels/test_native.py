@@ -63,7 +63,7 @@ def test_quantized_linear(kind, dtype, calls):
 @dtypes
 def test_linear_gelu(dtype, calls):
     weight, bias = noise(70, 300, dtype=dtype, seed=1) / 300**0.5, noise(70, dtype=dtype, seed=2)
-    tower = noise(3, 100, 300, dtype=dtype)  # a class token before the patches; GELU takes two pieces
+    tower = noise(3, 100, 300, dtype=dtype)  # a class token before the patches
     for x in (tower[:, 1:], noise(300, dtype=dtype), noise(2, 2, 5, 300, dtype=dtype), tower[:0], tower[..., :150]):
         columns = weight[:, : x.shape[-1]]
         for added in (bias, None):
@@ -71,12 +71,20 @@ def test_linear_gelu(dtype, calls):
             exact = y * torch.special.erfc(-y / 2**0.5) / 2
             with torch.no_grad():
                 close(lk.linear_gelu(x, columns, added), exact, dtype, 3)
-    assert calls == ["lk_linear"] * 10
+    assert calls == ["lk_linear"] * 8  # not for nothing
     with lk.implementation("auto"):  # by itself, too; not where gradients are wanted
         lk.linear_gelu(x, columns, bias)
-        assert len(calls) == 11
+        assert len(calls) == 9
+        one = noise(150, dtype=dtype)
+        alike = lk.linear_gelu(one.expand(5, 150), columns, bias)  # rows that lie in one place
+        torch.testing.assert_close(alike, lk.linear_gelu(one, columns, bias).expand(5, 70))
+        thin = noise(1, 70, dtype=dtype).t()  # (70, 1), whose columns may lie anywhere
+        close(
+            lk.linear_gelu(one[:1], thin, None), torch.nn.functional.gelu(one[0].double() * thin[:, 0].double()), dtype
+        )
+        assert len(calls) == 12
         lk.linear_gelu(x, columns.clone().requires_grad_(), bias).sum().backward()
-    assert len(calls) == 11
+    assert len(calls) == 12
 
 
 @dtypes

@@ -238,7 +238,8 @@ int64_t largest_of(const float *x, int64_t count) { // a NaN is the largest, as 
 // A product with the screen leaves few candidates, of which alone the head's rows are read.
 constexpr int64_t SCREENED_ROWS = 4, CANDIDATES = 256;
 
-// The likeliest of one row, or -1 where too many could be it. norm: of the panel's row; floor: what a candidate reaches.
+// The likeliest of one of the panel's rows, or -1 where too many could be it. norm: of that row; floor: what a candidate
+// reaches.
 int64_t best_candidate(const lk_decoder &decoder, const lk_cpu &cpu, const Panel &panel, int64_t row, const float *rough,
                        float norm, float floor) {
     const lk_weight &head = decoder.args.head;
@@ -252,9 +253,9 @@ int64_t best_candidate(const lk_decoder &decoder, const lk_cpu &cpu, const Panel
     int64_t best = -1;
     float most = 0;
     for (int64_t i = 0; i < count; i++) {
-        float logit;
-        cpu.isa->products(head, panel, row, 1, candidates[i], 1, &logit, 1, false);
-        if (best < 0 || logit > most) best = candidates[i], most = logit;
+        float logits[SCREENED_ROWS]; // a panel in tiles has no rows of its own
+        cpu.isa->products(head, panel, 0, panel.rows, candidates[i], 1, logits, 1, false);
+        if (best < 0 || logits[row] > most) best = candidates[i], most = logits[row];
     }
     return best;
 }
@@ -263,9 +264,10 @@ int64_t best_candidate(const lk_decoder &decoder, const lk_cpu &cpu, const Panel
 bool screen_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *hidden, int64_t *tokens) {
     const lk_weight &screen = decoder.args.screen;
     const int64_t vocabulary = screen.out_features, threads = cpu.pool->threads();
-    Source source = head_source(decoder, hidden);
-    source.half = false; // the screen's error knows nothing of activations that are rounded
-    const Panel &panel = prepare(cpu, decoder.rough, screen, source, rows);
+    const Source source = head_source(decoder, hidden);
+    Source seen = source; // what the head's product sees, whose logits these are about
+    seen.rounded = source.half && cpu.isa->tile_rows < NEVER;
+    const Panel &panel = prepare(cpu, decoder.rough, screen, seen, rows);
     float norms[SCREENED_ROWS], *floors = decoder.floors.at_least(threads * SCREENED_ROWS);
     float *rough = decoder.logits.at_least(rows * vocabulary);
     for (int64_t r = 0; r < rows; r++) {

@@ -27,7 +27,7 @@ enum Layout {
 struct Panel {
     Layout layout;
     int64_t rows;
-    int64_t stride; // of `values` and `codes` from row to row: K rounded up, the rest 0
+    int64_t stride; // of `values` and `codes` from row to row; from K on 0, as far as vectors read
     int64_t groups; // of `scale` from row to row
     int64_t totals; // of `total` from row to row: groups rounded up to a multiple of PAIRS, the rest 0
     union {
@@ -49,6 +49,7 @@ struct Source {
     const float *shift; // (K,): the norm is LayerNorm; NULL: RMSNorm
     float eps;
     bool half;         // the model computes in bfloat16: values may be rounded to it
+    bool rounded = false; // codes are made of values that have been
 };
 
 // A run of a sequence's queries with some of its keys, of some heads.
@@ -182,6 +183,8 @@ struct Isa {
                      int64_t count, float *out, int64_t out_stride, bool add);
     // (head_dim,) element i turned with element i + head_dim / 2.
     void (*turn)(float *x, int64_t head_dim, const float *cos, const float *sin);
+    // x[i] *= the share of the normal distribution below it
+    void (*gelu)(int64_t count, float *x);
     // out[i] = silu(gate[i]) * up[i]
     void (*swiglu)(int64_t count, const float *gate, const float *up, float *out);
     void (*attend)(const Attention &task, float *scratch);

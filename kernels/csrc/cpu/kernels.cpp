@@ -14,7 +14,7 @@ using lk::Panel;
 using lk::Source;
 
 constexpr int64_t PAIR = 2 * L; // bfloat16 values that are read at a time
-// Few rows of x, and of the weight, at a time: 12 sums and 4 operands fill 16 registers, 24 and 5 are most of 32.
+// Few rows of x, and of the weight, at a time: 12 sums and 4 operands fill 16 registers, 24 and up to 7 are most of 32.
 constexpr int ROWS = L == 16 ? 6 : 3, WIDE = 4;
 
 // ---- activations
@@ -85,6 +85,7 @@ void prepare(const lk_weight &weight, const Source &source, int64_t first, int64
         const char *x = (const char *)source.x + row * source.stride * size;
         to_float(source.dtype, x, values, width);
         normalise(source, scaling_of(source, x, width), 0, width, values);
+        for (int64_t i = 0; source.rounded && i < width; i++) values[i] = from_bf16(to_bf16(values[i]));
         memset(values + width, 0, (size_t)(panel.stride - width) * sizeof(float));
         if (weight.format == LK_WEIGHT_BFLOAT16) part_pairs(values, panel.stride);
         float all_of_them = 0, *total = panel.total + row * panel.totals;
@@ -198,21 +199,24 @@ template <class W, int N>
 void tiles(const lk_weight &weight, int64_t n, int64_t apart, const typename W::Value *x, int64_t stride, int64_t rows,
            float *out, int64_t out_stride, bool add) {
     int64_t m = 0;
-    if (constexpr int HALF = (N + 1) / 2; rows == 4 && ROWS < 4) {
-        for (int i = 0; i < N; i += HALF)
-            tile<W, 4, HALF>(weight, n + i * apart, apart, x, stride, out + i * apart, out_stride, add);
-        return;
+    if constexpr (ROWS < 4) {
+        if (constexpr int HALF = (N + 1) / 2; rows == 4) {
+            for (int i = 0; i < N; i += HALF)
+                tile<W, 4, HALF>(weight, n + i * apart, apart, x, stride, out + i * apart, out_stride, add);
+            return;
+        }
     }
-    for (; rows - m >= ROWS; m += ROWS)
-        tile<W, ROWS, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
-    if constexpr (ROWS > 4) {
-        if (rows - m == 5) return tile<W, 5, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
-        if (rows - m == 4) return tile<W, 4, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
-        if (rows - m == 3) return tile<W, 3, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
+    auto some = [&](auto of_rows) {
+        of_rows(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
+    };
+    for (; rows - m >= ROWS; m += ROWS) some(tile<W, ROWS, N>);
+    if constexpr (ROWS > 3) {
+        if (rows - m == 5) return some(tile<W, 5, N>);
+        if (rows - m == 4) return some(tile<W, 4, N>);
+        if (rows - m == 3) return some(tile<W, 3, N>);
     }
-    for (; rows - m >= 2; m += 2)
-        tile<W, 2, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
-    if (m < rows) tile<W, 1, N>(weight, n, apart, x + m * stride, stride, out + m * out_stride, out_stride, add);
+    if (rows - m == 2) return some(tile<W, 2, N>);
+    if (rows - m == 1) some(tile<W, 1, N>);
 }
 
 // The weight's rows in WIDE runs that are read side by side: each is a stream that the processor sees ahead in. Rows
@@ -526,6 +530,12 @@ void turn(float *x, int64_t head_dim, const float *cos, const float *sin) {
     }
 }
 
+void gelu(int64_t count, float *x) {
+    int64_t i = 0;
+    for (; i + L <= count; i += L) store(x + i, load<vf>(x + i) * normal_below(load<vf>(x + i)));
+    for (; i < count; i++) x[i] *= normal_below(all(x[i]))[0];
+}
+
 void swiglu(int64_t count, const float *gate, const float *up, float *out) {
     for (int64_t i = 0; i < count; i += L) {
         float g[L] = {}, u[L] = {}, o[L];
@@ -567,8 +577,8 @@ void biased(float *x, int64_t stride, int64_t rows, int64_t count, const float *
 
 namespace lk {
 extern const Isa LK_ISA;
-const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, prepare, products, turn, swiglu, attend, to_float, from_float, layer_norm, biased,
-                    LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
+const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, prepare, products, turn, gelu, swiglu, attend, to_float,
+                    from_float, layer_norm, biased, LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
                     LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
                     LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward, draw,
                     LK_INNER::across, LK_INNER::down, LK_INNER::normalise};

@@ -218,6 +218,7 @@ lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream) {
                 if (args->bias) cpu.isa->to_float(args->dtype, static_cast<const char *>(args->bias) + n * size, bias, width);
                 for (int64_t m = 0; args->bias && m < rows; m++) std::memcpy(some + m * part, bias, width * sizeof(float));
                 cpu.isa->products(weight, panel, row, rows, n, width, some, part, args->bias != nullptr);
+                for (int64_t m = 0; args->gelu && m < rows; m++) cpu.isa->gelu(width, some + m * part);
                 for (int64_t m = 0; m < rows; m++)
                     cpu.isa->from_float(args->dtype, some + m * part,
                                         static_cast<char *>(args->out) + ((row + m) * out_stride + n) * size, width);

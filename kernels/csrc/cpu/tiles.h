@@ -7,6 +7,10 @@
 #include "isa.h"
 #include "vectors.h"
 #include "weights.h"
+
+namespace {
+constexpr int64_t SIDE = 16, DEEP = 32; // rows and columns of a result; values of K in a tile
+} // namespace
 #if defined(__AMX_BF16__)
 #include "tiles_amx.h"
 #elif defined(__AVX512BF16__)
@@ -122,8 +126,8 @@ void streams_of(const char *w, int64_t row, int64_t width, int64_t run, const ui
     }
 }
 
-// Neighbours side by side. Once their weights are near, as they are where so many activations meet them that it takes
-// several calls, a piece of K of these stays in the first cache while a group of features passes by.
+// Neighbours side by side: a piece of K of the activations stays in the first cache while a group of features passes by. For
+// many activations, to whom the weights are near after the first of them, or where what comes next is asked for in time.
 template <int R, bool SHORT>
 void pieces_of(const char *w, int64_t row, int64_t width, int64_t count, const uint16_t *x, int64_t block, int64_t rows,
                float *out, int64_t stride, bool add) {

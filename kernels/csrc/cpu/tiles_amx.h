@@ -6,7 +6,6 @@
 
 namespace {
 
-constexpr int64_t SIDE = 16, DEEP = 32; // as in tiles.h
 constexpr int64_t PIECE = 256, GROUP = 8 * SIDE, STREAMED_ROWS = 2 * lk::ROW_BLOCK;
 constexpr bool HALVES = false; // of tiles are not faster
 constexpr int64_t TILE_ROWS = 1, CODED_TILE_ROWS = 5;

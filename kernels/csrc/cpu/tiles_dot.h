@@ -7,7 +7,6 @@
 
 namespace {
 
-constexpr int64_t SIDE = 16, DEEP = 32; // as in tiles.h
 constexpr int64_t PIECE = 192, GROUP = 4 * SIDE, STREAMED_ROWS = 2 * SIDE;
 constexpr bool HALVES = true; // of tiles are worth telling apart
 constexpr int64_t TILE_ROWS = 8, CODED_TILE_ROWS = 16;

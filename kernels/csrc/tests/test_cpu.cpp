@@ -116,6 +116,7 @@ static void linear(lk_handle *handle, lk_weight_format format, int64_t group, in
     lk_linear_args args{};
     args.x_stride = x_stride, args.out_stride = out_stride;
     args.rows = rows, args.weight = m.weight, args.x = x.data(), args.bias = bias.data(), args.out = y.data();
+    args.gelu = out == 53;
     CHECK(lk_linear(handle, &args, nullptr) == LK_OK);
     if (format == LK_WEIGHT_INT4) { // the same from scales and offsets that lie apart
         List<float> again(y.size(), -7.f);
@@ -129,6 +130,7 @@ static void linear(lk_handle *handle, lk_weight_format format, int64_t group, in
     for (int64_t r = 0; r < rows; r++)
         for (int64_t n = 0; n < out; n++) {
             double size, exact = product(m, x.data() + r * x_stride, n, &size) + bias[(size_t)n];
+            if (args.gelu) exact *= std::erfc(-exact / std::sqrt(2)) / 2;
             const double off = std::fabs(exact - y[(size_t)(r * out_stride + n)]) / (size + 1);
             if (worst == worst && !(off <= worst)) worst = off; // a NaN is the worst, and stays it
         }
@@ -342,9 +344,11 @@ static void decode(lk_handle *handle) {
 }
 
 // The likeliest token, with a screen of 8 bits and without, beside logits in double.
-static void likeliest(lk_handle *handle) {
+static void likeliest(lk_handle *handle, lk_dtype dtype) {
     constexpr int64_t WIDTH = 200, VOCAB = 700;
-    const List<float> norm = normal(WIDTH);
+    List<float> norm = normal(WIDTH);
+    List<uint16_t> halves;
+    for (float &value : norm) halves.push_back(half(value)), value = whole(halves.back());
     for (int kind = 0; kind < 4; kind++) { // no screen, one, one before a head whose rows are all alike, one that is far off
         Matrix screen, head;
         make(screen, LK_WEIGHT_INT8, VOCAB, WIDTH, 0);
@@ -366,7 +370,8 @@ static void likeliest(lk_handle *handle) {
         const lk_layer none{};
         lk_decoder_args args{};
         args.width = WIDTH, args.heads = args.kv_heads = 1, args.head_dim = 2, args.eps = 1e-5f, args.layer = &none;
-        args.norm = norm.data(), args.head = head.weight, args.cos = args.sin = table, args.positions = args.blocks = 1;
+        args.dtype = dtype, args.norm = dtype == LK_BFLOAT16 ? static_cast<const void *>(halves.data()) : norm.data();
+        args.head = head.weight, args.cos = args.sin = table, args.positions = args.blocks = 1;
         args.block_size = 1;
         if (kind) args.screen = screen.weight, args.screen_error = error.data();
         lk_decoder *decoder;
@@ -375,7 +380,9 @@ static void likeliest(lk_handle *handle) {
             for (int round = 0; round < 10; round++) {
                 List<float> hidden = normal(rows * WIDTH);
                 List<int64_t> tokens((size_t)rows, -1);
+                List<float> logits((size_t)(rows * VOCAB));
                 CHECK(lk_decoder_likeliest(decoder, rows, hidden.data(), tokens.data()) == LK_OK);
+                CHECK(lk_decoder_head(decoder, rows, hidden.data(), logits.data()) == LK_OK);
                 for (int64_t r = 0; r < rows; r++) {
                     double squares = 0, most = -INFINITY, found = NAN, size;
                     List<float> x;
@@ -386,7 +393,9 @@ static void likeliest(lk_handle *handle) {
                         const double logit = product(head, x.data(), n, &size);
                         most = std::max(most, logit), found = n == tokens[(size_t)r] ? logit : found;
                     }
-                    CHECK(found >= most - 1e-5 * size);
+                    CHECK(found >= most - (dtype == LK_BFLOAT16 ? 1. / 256 : 1e-5) * size);
+                    const float *own = logits.data() + r * VOCAB; // the same head, whose activations may have been rounded
+                    CHECK(own[tokens[(size_t)r]] >= *std::max_element(own, own + VOCAB) - 1e-5 * size);
                     if (kind == 2) CHECK(tokens[(size_t)r] == 0); // the first of equals
                 }
             }
@@ -402,6 +411,42 @@ static void likeliest(lk_handle *handle) {
 }
 
 // Many short calls on several handles at once: helpers fall asleep, wake and are let go.
+// A head that sees rounded activations, by which another of its two tokens is the likelier: the screen must know.
+static void rounded_screen(lk_handle *handle) {
+    constexpr int64_t THIRD = 64, WIDTH = 3 * THIRD, PADDED = 256, BLOCK = 128;
+    List<float> hidden, scale(2, 1 / 127.f), error(2, 0.003f); // far enough for what 8 bits lose, no more
+    // Those that token 0 looks at become 1, as do those that token 1 looks at, who has a little more; the last make the norm 1.
+    const double down = 1.0038, up = 0.9981, rest = std::sqrt(3 - down * down - up * up);
+    for (double value : {down, up, rest}) hidden.insert(hidden.end(), THIRD, (float)value);
+    List<uint16_t> head(2 * WIDTH, 0), norms(WIDTH, half(1.f));
+    List<uint8_t> codes(2 * PADDED, 128);
+    auto put = [&](int64_t token, int64_t k, float value) {
+        const int64_t inside = k % BLOCK, other = inside % (BLOCK / 2); // as in fill_codes
+        head[(size_t)(token * WIDTH + k)] = half(value);
+        codes[(size_t)(token * PADDED + k / BLOCK * BLOCK + other / 2 * 4 + other % 2 * 2 + inside / (BLOCK / 2))] =
+            (uint8_t)(128 + std::lround(127 * value));
+    };
+    for (int64_t k = 0; k < THIRD; k++) put(0, k, 1), put(1, THIRD + k, 1);
+    put(1, 2 * THIRD, 0.125f);
+    const float table[2] = {1, 0};
+    const lk_layer none{};
+    lk_decoder_args args{};
+    args.dtype = LK_BFLOAT16, args.width = WIDTH, args.heads = args.kv_heads = 1, args.head_dim = 2, args.eps = 0;
+    args.layer = &none, args.norm = norms.data(), args.cos = args.sin = table;
+    args.positions = args.blocks = args.block_size = 1;
+    args.head.format = LK_WEIGHT_BFLOAT16, args.head.out_features = 2, args.head.in_features = WIDTH, args.head.data = head.data();
+    args.screen.format = LK_WEIGHT_INT8, args.screen.out_features = 2, args.screen.in_features = WIDTH;
+    args.screen.data = codes.data(), args.screen.scale = scale.data(), args.screen_error = error.data();
+    lk_decoder *decoder;
+    CHECK(lk_decoder_create(handle, &args, &decoder) == LK_OK);
+    float logits[2];
+    int64_t token = -1;
+    CHECK(lk_decoder_head(decoder, 1, hidden.data(), logits) == LK_OK);
+    CHECK(lk_decoder_likeliest(decoder, 1, hidden.data(), &token) == LK_OK);
+    CHECK(token == (logits[1] > logits[0]));
+    lk_decoder_destroy(decoder);
+}
+
 static void many_calls() {
     List<std::thread> callers;
     for (int caller = 0; caller < 3; caller++)
@@ -451,7 +496,8 @@ int main(int count, char **words) {
                         half_linear(handle, format, rows, out, in);
                 }
         decode(handle);
-        likeliest(handle);
+        for (lk_dtype dtype : {LK_FLOAT32, LK_BFLOAT16}) likeliest(handle, dtype);
+        rounded_screen(handle);
     }
     lk_destroy(handle);
     if (failures) std::printf("%d failures\n", failures);
