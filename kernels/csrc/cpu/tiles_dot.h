@@ -48,6 +48,13 @@ INLINE void dot_tiles(const char *w, int64_t row, int64_t width, const uint16_t 
     }
 }
 
+// In a larger function GCC would keep a sum in memory; with many sums a call costs more than that.
+template <int R, bool HALF, int N>
+__attribute__((noinline)) void dot_tiles_alone(const char *w, int64_t row, int64_t width, const uint16_t *x, int64_t block,
+                                               float *out, bool more, int64_t ahead) {
+    dot_tiles<R, HALF, N>(w, row, width, x, block, out, more, ahead);
+}
+
 // Up to SIDE features with R tiles of activations, which lie `block` apart, over `width` values of K; out: (R, SIDE, SIDE),
 // which is added to where there is more. near: the next features are neighbours, whose weights are asked for meanwhile;
 // else those of the same features further on.
@@ -55,9 +62,9 @@ template <int R, bool SHORT>
 INLINE void multiply_tiles(const char *w, int64_t row, int64_t width, int64_t features, const uint16_t *x, int64_t block,
                            float *out, bool more, bool near) {
     constexpr int FULL = R - SHORT, N = 2 * R - SHORT <= 6 ? 8 : 4; // sums, operands and one pair fill the registers
+    constexpr auto some = R < 3 ? dot_tiles_alone<FULL, SHORT, N> : dot_tiles<FULL, SHORT, N>;
     if (features == SIDE)
-        for (int n = 0; n < SIDE; n += N)
-            dot_tiles<FULL, SHORT, N>(w + n * row, row, width, x, block, out + n * SIDE, more, near ? N * row : 512);
+        for (int n = 0; n < SIDE; n += N) some(w + n * row, row, width, x, block, out + n * SIDE, more, near ? N * row : 512);
     else
         for (int n = 0; n < features; n++)
             dot_tiles<FULL, SHORT, 1>(w + n * row, row, width, x, block, out + n * SIDE, more, 0);
