@@ -93,6 +93,11 @@ def handle() -> Any:
     return found
 
 
+def dense(x: Tensor) -> Tensor:
+    """Its last dimension side by side. A stride of 0 would stand for contiguous: expanded tensors are copied."""
+    return x if x.stride(-1) == 1 and all(x.stride()) else x.contiguous()
+
+
 def runs_on_cpu(op: Any, native: Callable[..., Any]) -> None:
     """Make ``native`` the implementation of the custom op ``op`` on CPU tensors, but where Triton's is asked for, which
     its interpreter runs there."""
@@ -119,9 +124,7 @@ def linear_int4(
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(-1) != 1 or not all(rows.stride()):  # a stride of 0 would stand for contiguous
-        rows = rows.contiguous()
+    rows = dense(x.reshape(-1, x.shape[-1]))
     out = handle().linear(rows, weight, None if bias is None else bias.contiguous(), gelu)
     return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -147,8 +150,7 @@ def project_splice(
     """Features are read where they lie, if their channels are contiguous."""
     from llava_kernels import library
 
-    if features.dim() != 3 or features.stride(-1) != 1:
-        features = features.reshape(1, -1, features.shape[-1]).contiguous()
+    features = dense(features if features.dim() == 3 else features.reshape(1, -1, features.shape[-1]))
     kept = [weight.contiguous(), None if bias is None else bias.contiguous(), embedding.contiguous()]
     kept += [input_ids.contiguous().long(), image_rows.contiguous().int(), text_rows.contiguous().int()]
     out = embedding.new_empty(len(input_ids), embedding.shape[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_kernels.dispatch import chosen
-from llava_kernels.native import available, handle
+from llava_kernels.native import available, dense, handle
 
 LEAST = 1 << 15  # values from which on a call of the library costs less than it saves
 
@@ -218,7 +218,7 @@ def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v = dense(q), dense(k), dense(v)
     args = _attention(q, k, v, cu_seqlens, out, lse, causal)
     lk = handle()
     lk.check(lk.library.lk_varlen_attention(lk._handle, byref(args)))
@@ -239,7 +239,7 @@ def varlen_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq = q.new_empty(q.shape if want_q else (0,))
     dk, dv = (q.new_empty(k.shape if want_kv else (0,)) for _ in range(2))
-    d_out, q, k, v = _dense(d_out), _dense(q), _dense(k), _dense(v)
+    d_out, q, k, v = dense(d_out), dense(q), dense(k), dense(v)
     args = VarlenAttentionBackwardArgs(
         _attention(q, k, v, cu_seqlens, out, lse, causal), d_out.data_ptr(), d_out.stride(0), d_out.stride(1),
         _at(dq if want_q else None), _at(dk if want_kv else None), _at(dv if want_kv else None),
@@ -272,9 +272,4 @@ def _at(x: Tensor | None) -> int | None:
 def _rows(x: Tensor) -> Tensor:
     """(..., D) -> (T, D), its rows contiguous and at one distance."""
     x = x.reshape(-1, x.shape[-1])
-    return _dense(x)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Its last dimension side by side. A stride of 0 would stand for contiguous: expanded tensors are copied."""
-    return x if x.stride(-1) == 1 and all(x.stride()) else x.contiguous()
+    return dense(x)

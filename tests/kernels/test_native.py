@@ -95,7 +95,8 @@ def test_project_splice(dtype, calls):
     image, text = places[:12], places[12:]
     ids = torch.arange(17) % 11
     ids[image.long()] = -200
-    for features in (tower[:, 1:], tower[:, 1:].flatten(0, 1)):
+    twice = tower[:1, 1:].expand(2, 6, 20)  # both images lie in one place
+    for features in (tower[:, 1:], tower[:, 1:].flatten(0, 1), twice):
         for added in (bias, None):
             exact = torch.empty(17, 9, dtype=torch.double)
             exact[image.long()] = features.reshape(12, 20).double() @ weight.double().T + (
@@ -103,7 +104,7 @@ def test_project_splice(dtype, calls):
             )
             exact[text.long()] = table[ids[text.long()]].double()
             close(lk.project_splice(features, weight, added, table, ids, image, text), exact, dtype, size=10)
-    assert calls == ["lk_project_splice"] * 4
+    assert calls == ["lk_project_splice"] * 6
     with pytest.raises(library.LibraryError, match="stands twice"):
         lk.project_splice(tower[:, 1:], weight, bias, table, ids, image.clamp(max=3), text)
 

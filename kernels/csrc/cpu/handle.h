@@ -1,6 +1,7 @@
 // A CPU handle's threads, instruction set and memory for intermediate results.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <new>
 
@@ -59,7 +60,6 @@ namespace lk {
 
 constexpr int64_t FEW_ROWS = 4; // activations that one thread prepares sooner than it could share them out
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t size_of(lk_dtype dtype) { return dtype == LK_FLOAT32 ? 4 : 2; }
 
@@ -104,16 +104,16 @@ inline int64_t next_part(int64_t first, int64_t features, int64_t threads, int64
 template <class F>
 void share_product(lk_cpu &cpu, int64_t rows, int64_t features, int64_t unit, F &&body) {
     const int64_t threads = cpu.pool->threads(), blocks = cdiv(rows, ROW_BLOCK), wanted = cdiv(8 * threads * unit, features);
-    const int64_t shares = threads == 1 ? 1 : wanted < blocks ? wanted : blocks; // of the rows
+    const int64_t shares = threads == 1 ? 1 : std::min(wanted, blocks); // of the rows
     int64_t parts = 0;
     for (int64_t first = 0; first < features; parts++) first = next_part(first, features, threads, unit);
     cpu.pool->each(parts * shares, [&](int64_t task, int thread) { // the pool begins with the last task
         int64_t first = 0;
         for (int64_t i = parts - 1; i > task / shares; i--) first = next_part(first, features, threads, unit);
         const int64_t count = next_part(first, features, threads, unit) - first, share = task % shares;
-        const int64_t end = least((share + 1) * blocks / shares * ROW_BLOCK, rows);
+        const int64_t end = std::min((share + 1) * blocks / shares * ROW_BLOCK, rows);
         for (int64_t row = share * blocks / shares * ROW_BLOCK; row < end; row += ROW_BLOCK)
-            body(row, least(ROW_BLOCK, end - row), first, count, thread);
+            body(row, std::min(ROW_BLOCK, end - row), first, count, thread);
     });
 }
 

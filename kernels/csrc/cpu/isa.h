@@ -175,6 +175,7 @@ struct Isa {
     // From so many rows on, activations that may be rounded to bfloat16 meet tiles of weights; NEVER: the set has none.
     // Weights of bfloat16 meet fewer in pairs, codes of 8 and 4 bits are not worth making bfloat16 for fewer.
     int64_t tile_rows, coded_tile_rows;
+    bool rounds(bool half) const { return half && tile_rows < NEVER; } // what meets weights of bfloat16
 
     // Rows first..last-1 of the panel; side by side: first is a multiple of the lanes, in tiles of 16.
     void (*prepare)(const lk_weight &weight, const Source &source, int64_t first, int64_t last, const Panel &panel);

@@ -139,7 +139,7 @@ const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, i
     panel.stride = lk::cdiv(weight.in_features, group) * group; // 128 is a multiple of what any vectors take
     panel.groups = panel.stride / group, panel.rows = rows;
     panel.totals = lk::cdiv(panel.groups, lk::PAIRS) * lk::PAIRS;
-    const bool rounded = half && isa.tile_rows < lk::NEVER && weight.format != LK_WEIGHT_FLOAT32;
+    const bool rounded = isa.rounds(half) && weight.format != LK_WEIGHT_FLOAT32;
     panel.layout = rounded && rows >= (coded ? isa.coded_tile_rows : isa.tile_rows) ? lk::IN_TILES
                    : rounded && !coded                                              ? lk::IN_PAIRS
                    : !coded && rows >= lk::MANY_ROWS && rows >= isa.lanes ? lk::SIDE_BY_SIDE

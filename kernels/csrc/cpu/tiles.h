@@ -137,7 +137,7 @@ void pieces_of(const char *w, int64_t row, int64_t width, int64_t count, const u
         for (int64_t k = 0; k < width; k += PIECE)
             for (int64_t n = first; n < end; n += SIDE)
                 multiply_tiles<R, SHORT>(w + n * row + 2 * k, row, least(PIECE, width - k), least(SIDE, end - n), x + k * SIDE,
-                                  block, found[(n - first) / SIDE][0][0], k > 0, true);
+                                         block, found[(n - first) / SIDE][0][0], k > 0, true);
         for (int64_t n = first; n < end; n += SIDE)
             for (int r = 0; r < R; r++)
                 put_tile(found[(n - first) / SIDE][r][0], SIDE, out + n + r * SIDE * stride, stride,
@@ -190,7 +190,7 @@ void multiply_coded(const lk_weight &weight, int64_t first, int64_t apart, int64
         const int64_t count = least(step, panel.stride - k);
         for (int64_t i = 0; i < features; i++) decode<BITS>(w + i * apart * bytes + k * BITS / 8, count, plane, codes[i]);
         multiply_tiles<R, SHORT>((const char *)codes, 2 * MOST, count, SIDE, x + k * SIDE, block,
-                          BITS == 4 ? part[0][0] : sum[0][0], BITS == 8 && k > 0, true);
+                                 BITS == 4 ? part[0][0] : sum[0][0], BITS == 8 && k > 0, true);
         for (int64_t i = 0; BITS == 4 && i < features; i++) {
             const uint32_t pair = pair_of(weight, first + i * apart, k / group, panel.totals);
             const float scale = from_bf16((uint16_t)(pair >> 16)), offset = from_bf16((uint16_t)pair);
