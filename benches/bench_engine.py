@@ -187,7 +187,7 @@ def test_second_question(benchmark, pair, impl):
     run(benchmark, pair, impl, [second], rounds=5, before=first)
 
 
-@pytest.mark.parametrize("impl", ["ours", "transformers"])
+@pytest.mark.parametrize("impl", ["ours", "ours int8", "ours int4", "transformers"])
 def test_64_requests(benchmark, pair, impl):
     benchmark.group = f"engine, {pair.name}: 64 requests at once, one picture each"
     rng = np.random.default_rng(4)

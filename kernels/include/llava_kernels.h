@@ -216,6 +216,9 @@ typedef struct lk_decoder_args {
     lk_weight screen;            /* of the head's shape in 8 bits, for lk_decoder_likeliest; data is NULL: none */
     const float *screen_error;   /* (vocabulary,): no logit is further than this, times the normed hidden state's norm in
                                   * l2, from what the screen and the activations' 16 bits make of it */
+    int activation_bits;         /* 8: activations that meet weights of 8 and 4 bits are rounded to 8 bits for each 64 values,
+                                  * where that is faster ("avx512vnni" and "avx512bf16", from six or eight rows on);
+                                  * 0 or 16: never */
 } lk_decoder_args;
 typedef struct lk_decoder lk_decoder;
 

@@ -72,6 +72,7 @@ class DecoderArgs(Structure):
         *[(name, c_int64) for name in ("cache_block_stride", "cache_token_stride", "cache_head_stride")],
         ("screen", Weight),
         ("screen_error", c_void_p),
+        ("activation_bits", c_int),
     ]
 
 

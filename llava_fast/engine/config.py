@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from llava_fast.errors import ConfigError
 
 CACHE_DTYPES = ("auto", "fp8")
+ACTIVATION_BITS = (8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,8 @@ class EngineConfig:
         memory_fraction: share of the device's free memory; None: 0.9 on CUDA, a quarter on a CPU. Never more is taken
             than ``max_sequences`` full contexts need.
         kv_cache_dtype: "auto" for the model's own, or "fp8" (e4m3) for half the bytes of bf16.
+        activation_bits: of what meets int8 and int4 weights on a CPU. 8: many tokens at a time are rounded to 8 bits,
+            with a scale for each 64 values of a token, where that is faster; 16: none are; None: 8 in a bfloat16 model.
         block_size: tokens of one block of the cache, a power of two.
         max_sequences: answers that are worked on at a time.
         max_step_tokens: tokens computed in one step; longer prompts are computed in chunks.
@@ -42,6 +45,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     memory_fraction: float | None = None
     kv_cache_dtype: str = "auto"
+    activation_bits: int | None = None
     block_size: int = 16
     max_sequences: int = 256
     max_step_tokens: int = 2048
@@ -70,6 +74,8 @@ class EngineConfig:
             raise ConfigError(
                 f"kv_cache_dtype={self.kv_cache_dtype!r} is not known; choose one of {', '.join(CACHE_DTYPES)}"
             )
+        if self.activation_bits not in (None, *ACTIVATION_BITS):
+            raise ConfigError(f"activation_bits={self.activation_bits} must be 8 or 16; leave it None for the default")
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size={self.block_size} must be a power of two, such as 16")
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:

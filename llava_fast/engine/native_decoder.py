@@ -21,9 +21,10 @@ class NativeDecoder:
     model: its weights are used where they are.
     cache: float32 or bfloat16, on a CPU.
     max_length: positions that occur.
+    activation_bits: as in EngineConfig.
     """
 
-    def __init__(self, model: Llava, cache: KVCache, max_length: int):
+    def __init__(self, model: Llava, cache: KVCache, max_length: int, activation_bits: int | None = None):
         decoder, text = model.decoder, model.config.text
         cos, sin = (table.contiguous() for table in decoder.angles(torch.arange(max_length)))
         pairs: list[Tensor] = []  # which the weights of 4 bits get for this decoder
@@ -54,6 +55,7 @@ class NativeDecoder:
             cache_block_stride=keys.stride(0),
             cache_token_stride=keys.stride(1),
             cache_head_stride=keys.stride(2),
+            activation_bits=activation_bits or (8 if model.dtype == torch.bfloat16 else 16),
         )
         if screen is not None:
             args.screen, args.screen_error = library.int8_weight(screen.weight), screen.error.data_ptr()

@@ -85,6 +85,7 @@ def what_answers_depend_on(args: argparse.Namespace, setup: Setup, found: Survey
         "dtype": setup.dtype,
         "quantization": setup.quantization,
         "kv_cache_dtype": setup.engine.kv_cache_dtype,
+        "activation_bits": setup.engine.activation_bits,
         "max_length": setup.engine.max_length,
         "sampling": dict(setup.sampling),
         "seed": setup.seed,

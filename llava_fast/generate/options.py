@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llava_fast.engine import EngineConfig, SamplingParams
-from llava_fast.engine.config import CACHE_DTYPES
+from llava_fast.engine.config import ACTIVATION_BITS, CACHE_DTYPES
 from llava_fast.errors import ConfigError
 from llava_fast.generate.setup import Setup, default_dtype
 from llava_fast.model.quantized import KINDS
@@ -58,6 +58,7 @@ BUDGETS = {
     "kv_cache_bytes": "bytes for keys and values; by default a share of the free memory",
     "memory_fraction": "that share; by default 0.9 on CUDA and 0.25 on a CPU",
     "kv_cache_dtype": "auto, or fp8 for half the bytes",
+    "activation_bits": "8 or 16, of many tokens that meet int8 and int4 weights on a CPU; by default 8 in bfloat16",
     "max_sequences": "answers that are worked on at a time",
     "max_step_tokens": "tokens computed in a step",
     "max_length": "tokens of prompt and answer together; by default the model's context",
@@ -69,7 +70,7 @@ BUDGETS = {
     "cuda_graphs": "capture decode steps",
     "warmup": "run every shape before the first line",
 }
-_CHOICES = {"kv_cache_dtype": CACHE_DTYPES}
+_CHOICES: dict[str, tuple[Any, ...]] = {"kv_cache_dtype": CACHE_DTYPES, "activation_bits": ACTIVATION_BITS}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -78,3 +78,25 @@ def test_quantized_weights_give_what_torch_gives_with_them(kind):
     quantize(made, kind)
     ours, theirs = scores(answers(made, "native")), scores(answers(made, "reference"))
     np.testing.assert_allclose(ours, theirs, atol=5e-3)  # activations of 16 bits
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_activations_of_eight_bits_move_less_than_the_weights_do(kind):
+    """In bfloat16 they are the default, in float32 they must be asked for; only VNNI has such products."""
+    exact = scores(answers(model(), "native"))
+    made = model()
+    quantize(made, kind)
+    precise = scores(answers(made, "native"))
+    rounded = scores(answers(made, "native", activation_bits=8))
+    assert np.abs(rounded - precise).mean() < np.abs(precise - exact).mean()
+    has_them = library.Handle().instructions in ("avx512vnni", "avx512bf16")
+    assert (np.abs(rounded - precise).max() > 1e-6) == has_them
+    half = made.to(torch.bfloat16)
+    default = scores(answers(half, "native"))
+    np.testing.assert_array_equal(default, scores(answers(half, "native", activation_bits=8)))
+    assert (np.abs(default - scores(answers(half, "native", activation_bits=16))).max() > 1e-6) == has_them
+
+
+def test_other_activation_bits_are_refused():
+    with pytest.raises(lf.errors.ConfigError, match="activation_bits=4 must be 8 or 16"):
+        lf.EngineConfig(activation_bits=4)

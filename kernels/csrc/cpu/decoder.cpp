@@ -70,7 +70,7 @@ void add_product(lk_cpu &cpu, const lk_weight &weight, const Panel &panel, int64
 }
 
 void gate_and_up(lk_decoder &decoder, lk_cpu &cpu, const lk_weight &weight, const Panel &panel, int64_t rows, float *out) {
-    const int64_t inner = weight.out_features / 2, least = panel.layout == IN_TILES ? 128 : 48;
+    const int64_t inner = weight.out_features / 2, least = panel.in_squares() ? 128 : 48;
     float *scratch = decoder.scratch.at_least(2 * ROW_BLOCK * least * cpu.pool->threads());
     share_product(cpu, rows, inner, unit_of(panel, 12), [&](int64_t row, int64_t count, int64_t first, int64_t features, int thread) {
         float *gate = scratch + thread * 2 * ROW_BLOCK * least, *up = gate + ROW_BLOCK * least;
@@ -120,6 +120,8 @@ lk_status check_decoder(lk_handle *handle, const lk_decoder_args *args) {
         return lk_fail(handle, LK_UNSUPPORTED, "%lld heads of %lld on %lld of keys: head_dim must be even and at most 256, "
                        "heads a multiple, at most 32 times, of kv_heads", (long long)args->heads,
                        (long long)args->head_dim, (long long)args->kv_heads);
+    if (args->activation_bits && args->activation_bits != 8 && args->activation_bits != 16)
+        return lk_fail(handle, LK_INVALID_ARGUMENT, "activation_bits is %d, not 0, 8 or 16", args->activation_bits);
     CHECK_POINTERS(handle, {"norm", args->norm}, {"cos", args->cos}, {"sin", args->sin}, {"layer", args->layer});
     if (lk_status status = check_weight(handle, "head", args->head)) return status;
     if (args->head.in_features != args->width)
@@ -185,7 +187,7 @@ void keep_rows(const lk_step_args &step, int64_t width, float *x) {
 void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, const PagedStep &paged) {
     const lk_decoder_args &args = decoder->args;
     const int64_t width = args.width, attended_width = args.heads * args.head_dim;
-    const bool half = args.dtype == LK_BFLOAT16;
+    const bool half = args.dtype == LK_BFLOAT16, coarse = args.activation_bits == 8;
     int64_t tokens = step.tokens;
     float *x = step.rows ? decoder->stream.at_least(tokens * width) : step.hidden;
     cpu.isa->to_float(step.dtype, step.x, x, tokens * width);
@@ -193,7 +195,7 @@ void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, cons
     for (int64_t i = 0; i < args.layers; i++) {
         const lk_layer &layer = decoder->layers[i];
         const int64_t inner = layer.down.in_features;
-        const Source first{LK_FLOAT32, x, width, decoder->norm(2 * i), nullptr, args.eps, half};
+        const Source first{LK_FLOAT32, x, width, decoder->norm(2 * i), nullptr, args.eps, half, false, coarse};
         project_heads(*decoder, cpu, layer, prepare(cpu, decoder->panel, layer.qkv, first, tokens), step, q);
         attend(cpu, paged, layer.k_cache, layer.v_cache, q, attended_width, attended);
         if (step.rows && i == args.layers - 1) { // no other token is looked at any more
@@ -201,12 +203,12 @@ void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, cons
             tokens = step.outputs;
             if (!tokens) return;
         }
-        const Source heads{LK_FLOAT32, attended, attended_width, nullptr, nullptr, 0, half};
+        const Source heads{LK_FLOAT32, attended, attended_width, nullptr, nullptr, 0, half, false, coarse};
         add_product(cpu, layer.out, prepare(cpu, decoder->panel, layer.out, heads, tokens), tokens, x);
-        const Source second{LK_FLOAT32, x, width, decoder->norm(2 * i + 1), nullptr, args.eps, half};
+        const Source second{LK_FLOAT32, x, width, decoder->norm(2 * i + 1), nullptr, args.eps, half, false, coarse};
         float *gated = decoder->gated.at_least(tokens * inner);
         gate_and_up(*decoder, cpu, layer.gate_up, prepare(cpu, decoder->panel, layer.gate_up, second, tokens), tokens, gated);
-        const Source middle{LK_FLOAT32, gated, inner, nullptr, nullptr, 0, half};
+        const Source middle{LK_FLOAT32, gated, inner, nullptr, nullptr, 0, half, false, coarse};
         add_product(cpu, layer.down, prepare(cpu, decoder->inner, layer.down, middle, tokens), tokens, x);
     }
     if (step.rows && !args.layers) keep_rows(step, width, x);
@@ -215,7 +217,8 @@ void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, cons
 
 Source head_source(const lk_decoder &decoder, const float *hidden) {
     const lk_decoder_args &args = decoder.args;
-    return {LK_FLOAT32, hidden, args.width, decoder.norm(2 * args.layers), nullptr, args.eps, args.dtype == LK_BFLOAT16};
+    return {LK_FLOAT32, hidden, args.width, decoder.norm(2 * args.layers), nullptr, args.eps,
+            args.dtype == LK_BFLOAT16, false, args.activation_bits == 8};
 }
 
 void head_product(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *hidden, float *logits) {

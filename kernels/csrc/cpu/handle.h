@@ -36,8 +36,8 @@ class Buffer {
 
 // Memory of a panel.
 struct PanelBuffer {
-    // For `rows` activations that meet `weight`; half: they may be rounded to bfloat16.
-    const lk::Panel &fit(const lk::Isa &isa, const lk_weight &weight, int64_t rows, bool half);
+    // For `rows` activations that meet `weight`, and may be rounded as the source says.
+    const lk::Panel &fit(const lk::Isa &isa, const lk_weight &weight, int64_t rows, const lk::Source &source);
     lk::Panel panel{};
 
   private:
@@ -86,8 +86,8 @@ lk_status check_dtype(lk_handle *handle, const char *op, lk_dtype dtype);
 // The panel of `rows` activations for `weight`, prepared on all threads.
 const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, const Source &source, int64_t rows);
 
-// Features that parts of a product have a multiple of: whole tiles, or what the other kernels take at a time.
-inline int64_t unit_of(const Panel &panel, int64_t unit) { return panel.layout == IN_TILES ? 32 : unit; }
+// Features that parts of a product have a multiple of: whole squares, or what the other kernels take at a time.
+inline int64_t unit_of(const Panel &panel, int64_t unit) { return panel.in_squares() ? 32 : unit; }
 
 // Where the next of a product's parts begins: large ones first, so that rows of a weight are read in long runs,
 // small ones at the end, so that no thread waits long for the last.

@@ -8,6 +8,7 @@
 namespace lk {
 
 constexpr int64_t QUANTUM = 128; // values of K that share a scale in an activation met by int8 weights
+constexpr int64_t QUAD_BLOCK = 64; // those that do IN_QUADS
 constexpr int64_t PAIRS = 8;      // groups of a feature whose scales and offsets are read at a time
 constexpr int64_t MAX_GROUPS = 8192; // of K in a weight of 4 bits with no group_pairs
 constexpr int64_t ROW_BLOCK = 64; // rows of activations that a task multiplies at most
@@ -21,6 +22,7 @@ enum Layout {
     SIDE_BY_SIDE, // (rows / lanes, K, lanes)
     IN_TILES,     // bfloat16, (rows / 16, K / 2, 16, 2): what tiles of weights meet
     IN_PAIRS,     // bfloat16, (rows, K): pairs of neighbours meet pairs of a weight
+    IN_QUADS,     // 8 bits, (rows / 16, K / 4, 16, 4): quads of values meet quads of a weight's codes
 };
 
 // Activations as the weight's format wants them: (rows, K) prepared once, read by every output feature.
@@ -34,10 +36,17 @@ struct Panel {
         float *values;    // float weights
         uint16_t *halves; // the same, IN_TILES and IN_PAIRS
     };
-    int16_t *codes; // quantised weights: value = scale * code, those of a group in the order of the weight's words
-    float *scale;   // (rows, groups)
-    float *total;   // (rows, totals) sum of a group's values; for int8 the first is that of the whole row;
-                    // IN_TILES: (rows / 16, groups, 16), for int4 alone
+    union {
+        int16_t *codes; // quantised weights: value = scale * code, those of a group in the order of the weight's words
+        int8_t *bytes;  // the same, IN_QUADS
+    };
+    float *scale;       // (rows, groups); IN_QUADS: (rows / 16, groups, 16)
+    union {
+        float *total;    // (rows, totals) sum of a group's values; for int8 the first is that of the whole row;
+                         // IN_TILES and IN_QUADS: (rows / 16, groups, 16), for int4 alone
+        int32_t *excess; // IN_QUADS for int8: as total, what makes up for codes that are 128 too large
+    };
+    bool in_squares() const { return layout == IN_TILES || layout == IN_QUADS; } // of 16 rows
 };
 
 // What is made into a panel: rows of x, normalised first where `norm` is given.
@@ -50,6 +59,7 @@ struct Source {
     float eps;
     bool half;         // the model computes in bfloat16: values may be rounded to it
     bool rounded = false; // codes are made of values that have been
+    bool coarse = false;  // what meets weights of 8 and 4 bits may be rounded to 8 bits
 };
 
 // A run of a sequence's queries with some of its keys, of some heads.
@@ -175,6 +185,8 @@ struct Isa {
     // From so many rows on, activations that may be rounded to bfloat16 meet tiles of weights; NEVER: the set has none.
     // Weights of bfloat16 meet fewer in pairs, codes of 8 and 4 bits are not worth making bfloat16 for fewer.
     int64_t tile_rows, coded_tile_rows;
+    // From so many rows on, activations that may be rounded to 8 bits are, before weights of 8 and of 4 bits.
+    int64_t quad_rows, half_quad_rows;
     bool rounds(bool half) const { return half && tile_rows < NEVER; } // what meets weights of bfloat16
 
     // Rows first..last-1 of the panel; side by side: first is a multiple of the lanes, in tiles of 16.

@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "inner.h"
 #include "pairs.h"
+#include "quads.h"
 #include "sampling.h"
 #include "tiles.h"
 #include "vectors.h"
@@ -76,6 +77,10 @@ void prepare(const lk_weight &weight, const Source &source, int64_t first, int64
 #if defined(__AVX512BF16__)
     if (panel.layout == lk::IN_TILES) return prepare_tiles(weight, source, first, last, panel);
     if (panel.layout == lk::IN_PAIRS) return prepare_pairs(source, width, first, last, panel);
+#endif
+#if defined(LK_QUADS)
+    if (panel.layout == lk::IN_QUADS)
+        return (weight.format == LK_WEIGHT_INT8 ? prepare_quads<8> : prepare_quads<4>)(weight, source, first, last, panel);
 #endif
     const bool coded = weight.format >= LK_WEIGHT_INT8;
     const int64_t group = panel.stride / panel.groups;
@@ -492,6 +497,9 @@ void products(const lk_weight &weight, const Panel &panel, int64_t first_row, in
         return few_rows<Pairs>(weight, panel.halves + first_row * panel.stride, panel.stride, rows, first, count, out,
                                out_stride, add);
 #endif
+#if defined(LK_QUADS)
+    if (panel.layout == lk::IN_QUADS) return quad_products(weight, panel, first_row, rows, first, count, out, out_stride, add);
+#endif
     switch (weight.format) {
     case LK_WEIGHT_FLOAT32:
         return (wide ? many_rows<Float32> : few_rows<Float32>)(weight, x, panel.stride, rows, first, count, out, out_stride, add);
@@ -577,7 +585,7 @@ void biased(float *x, int64_t stride, int64_t rows, int64_t count, const float *
 
 namespace lk {
 extern const Isa LK_ISA;
-const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, prepare, products, turn, gelu, swiglu, attend, to_float,
+const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, QUAD_ROWS, HALF_QUAD_ROWS, prepare, products, turn, gelu, swiglu, attend, to_float,
                     from_float, layer_norm, biased, LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
                     LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
                     LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward, draw,

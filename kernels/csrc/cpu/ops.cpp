@@ -99,12 +99,12 @@ lk_status check_weight(lk_handle *handle, const char *name, const lk_weight &wei
 }
 
 const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, const Source &source, int64_t rows) {
-    const Panel &panel = buffer.fit(*cpu.isa, weight, rows, source.half);
+    const Panel &panel = buffer.fit(*cpu.isa, weight, rows, source);
     if (rows <= FEW_ROWS) {
         cpu.isa->prepare(weight, source, 0, rows, panel);
         return panel;
     }
-    const int64_t unit = panel.layout == IN_TILES ? 16 : panel.layout == SIDE_BY_SIDE ? cpu.isa->lanes : 1;
+    const int64_t unit = panel.in_squares() ? 16 : panel.layout == SIDE_BY_SIDE ? cpu.isa->lanes : 1;
     const int64_t part = cdiv(cdiv(rows, 4 * cpu.pool->threads()), unit) * unit;
     cpu.pool->each(cdiv(rows, part), [&](int64_t i, int) {
         cpu.isa->prepare(weight, source, i * part, (i + 1) * part < rows ? (i + 1) * part : rows, panel);
@@ -133,24 +133,28 @@ lk_status check_step(lk_handle *handle, const PagedStep &step, int64_t tokens, i
 
 } // namespace lk
 
-const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, int64_t rows, bool half) {
+const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, int64_t rows, const lk::Source &source) {
     const bool coded = weight.format >= LK_WEIGHT_INT8;
     const int64_t group = weight.format == LK_WEIGHT_INT4 ? weight.group_size : lk::QUANTUM;
     panel.stride = lk::cdiv(weight.in_features, group) * group; // 128 is a multiple of what any vectors take
     panel.groups = panel.stride / group, panel.rows = rows;
     panel.totals = lk::cdiv(panel.groups, lk::PAIRS) * lk::PAIRS;
-    const bool rounded = isa.rounds(half) && weight.format != LK_WEIGHT_FLOAT32;
-    panel.layout = rounded && rows >= (coded ? isa.coded_tile_rows : isa.tile_rows) ? lk::IN_TILES
+    const bool rounded = isa.rounds(source.half) && weight.format != LK_WEIGHT_FLOAT32;
+    const int64_t quad_rows = weight.format == LK_WEIGHT_INT8 ? isa.quad_rows : isa.half_quad_rows;
+    panel.layout = coded && source.coarse && rows >= quad_rows ? lk::IN_QUADS
+                   : rounded && rows >= (coded ? isa.coded_tile_rows : isa.tile_rows) ? lk::IN_TILES
                    : rounded && !coded                                              ? lk::IN_PAIRS
                    : !coded && rows >= lk::MANY_ROWS && rows >= isa.lanes ? lk::SIDE_BY_SIDE
                                                                           : lk::BY_ROW;
+    if (panel.layout == lk::IN_QUADS) panel.groups = panel.stride / lk::QUAD_BLOCK;
     // Rows that lie a multiple of 4 KiB apart would share, with those of the weight, a few places of the first cache.
     if (!coded && (panel.layout == lk::BY_ROW || panel.layout == lk::IN_PAIRS)) panel.stride += 32;
-    panel.values = values.at_least(lk::cdiv(rows, 16) * 16 * panel.stride); // lanes are at most 16
+    const int64_t whole = lk::cdiv(rows, 16) * 16; // lanes are at most 16
+    if (panel.layout != lk::IN_QUADS) panel.values = values.at_least(whole * panel.stride);
     if (coded) {
-        panel.codes = codes.at_least(rows * panel.stride);
-        panel.scale = scale.at_least(rows * panel.groups);
-        panel.total = total.at_least(lk::cdiv(rows, 16) * 16 * panel.totals);
+        panel.codes = codes.at_least(whole * panel.stride);
+        panel.scale = scale.at_least(whole * panel.groups);
+        panel.total = total.at_least(whole * std::max(panel.groups, panel.totals));
     }
     return panel;
 }

@@ -5,11 +5,12 @@
 
 #include "activations.h"
 #include "isa.h"
+#include "squares.h"
 #include "vectors.h"
 #include "weights.h"
 
 namespace {
-constexpr int64_t SIDE = 16, DEEP = 32; // rows and columns of a result; values of K in a tile
+constexpr int64_t DEEP = 32; // values of K in a tile
 } // namespace
 #if defined(__AMX_BF16__)
 #include "tiles_amx.h"
@@ -20,31 +21,6 @@ constexpr int64_t SIDE = 16, DEEP = 32; // rows and columns of a result; values 
 namespace {
 
 #if defined(__AVX512BF16__)
-
-// Element i of vector j becomes element j of vector i.
-INLINE void transpose(vf (&v)[SIDE]) {
-    vf w[SIDE];
-    for (int i = 0; i < SIDE; i += 2) { // pairs of neighbours, then of pairs, within quarters of a vector
-        w[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-        w[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    }
-    for (int i = 0; i < SIDE; i += 4)
-        for (int j = 0; j < 2; j++) {
-            const vf a = w[i + j], b = w[i + j + 2];
-            v[i + 2 * j] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-            v[i + 2 * j + 1] = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-        }
-    for (int i = 0; i < 4; i++)
-        for (int half = 0; half < SIDE; half += 8) {
-            const vf a = v[half + i], b = v[half + i + 4];
-            w[half + i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-            w[half + i + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-        }
-    for (int i = 0; i < 8; i++) {
-        v[i] = __builtin_shufflevector(w[i], w[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        v[i + 8] = __builtin_shufflevector(w[i], w[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-}
 
 // ---- activations
 
@@ -94,56 +70,6 @@ void prepare_tiles(const lk_weight &weight, const lk::Source &source, int64_t fi
 }
 
 // ---- products; SHORT: the last tile of activations has at most SIDE / 2 of them
-
-// A tile of results, (features, activations), to where it belongs: (activations, features).
-INLINE void put_tile(const float *tile, int64_t apart, float *out, int64_t stride, int64_t rows, int64_t features, bool add) {
-    vf v[SIDE];
-    for (int64_t i = 0; i < SIDE; i++) v[i] = load<vf>(tile + i * apart);
-    transpose(v);
-    const __mmask16 there = (__mmask16)((1u << features) - 1);
-    for (int64_t m = 0; m < SIDE; m++) {
-        if (m == rows) return;
-        float *to = out + m * stride;
-        const __m512 sum = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(there, to), (__m512)v[m]) : (__m512)v[m];
-        _mm512_mask_storeu_ps(to, there, sum);
-    }
-}
-
-// SIDE features that lie `run` apart meet the activations at a time, then their neighbours: each is the head of a stream
-// of rows that the processor sees ahead in. A tile of neighbours would have streams as short as a row.
-template <int R, bool SHORT>
-void streams_of(const char *w, int64_t row, int64_t width, int64_t run, const uint16_t *x, int64_t block, int64_t rows,
-                float *out, int64_t stride, bool add) {
-    alignas(64) float found[SIDE][R][SIDE][SIDE]; // (neighbours, rows' tiles, streams, rows)
-    for (int64_t first = 0; first < run; first += SIDE) {
-        const int64_t some = least(SIDE, run - first);
-        for (int64_t n = 0; n < some; n++)
-            multiply_tiles<R, SHORT>(w + (first + n) * row, run * row, width, SIDE, x, block, found[n][0][0], false, false);
-        for (int64_t i = 0; i < SIDE; i++)
-            for (int r = 0; r < R; r++)
-                put_tile(found[0][r][i], R * SIDE * SIDE, out + i * run + first + r * SIDE * stride, stride,
-                         least(SIDE, rows - r * SIDE), some, add);
-    }
-}
-
-// Neighbours side by side: a piece of K of the activations stays in the first cache while a group of features passes by. For
-// many activations, to whom the weights are near after the first of them, or where what comes next is asked for in time.
-template <int R, bool SHORT>
-void pieces_of(const char *w, int64_t row, int64_t width, int64_t count, const uint16_t *x, int64_t block, int64_t rows,
-               float *out, int64_t stride, bool add) {
-    alignas(64) float found[GROUP / SIDE][R][SIDE][SIDE];
-    for (int64_t first = 0; first < count; first += GROUP) {
-        const int64_t end = least(first + GROUP, count);
-        for (int64_t k = 0; k < width; k += PIECE)
-            for (int64_t n = first; n < end; n += SIDE)
-                multiply_tiles<R, SHORT>(w + n * row + 2 * k, row, least(PIECE, width - k), least(SIDE, end - n), x + k * SIDE,
-                                         block, found[(n - first) / SIDE][0][0], k > 0, true);
-        for (int64_t n = first; n < end; n += SIDE)
-            for (int r = 0; r < R; r++)
-                put_tile(found[(n - first) / SIDE][r][0], SIDE, out + n + r * SIDE * stride, stride,
-                         least(SIDE, rows - r * SIDE), least(SIDE, end - n), add);
-    }
-}
 
 // ---- weights of 8 and 4 bits, as integers that bfloat16 holds exactly; scales come afterwards
 
@@ -201,29 +127,18 @@ void multiply_coded(const lk_weight &weight, int64_t first, int64_t apart, int64
             }
         }
     }
-    for (int64_t i = 0; i < features; i++)
-        for (int r = 0; r < R; r++) store(sum[r][i], load<vf>(sum[r][i]) * weight.scale[first + i * apart]);
+    scale_rows<R>(weight.scale + first, apart, features, sum);
 }
 
 template <int BITS, int R, bool SHORT>
-void coded_streams(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
-                   float *out, int64_t stride, bool add) {
-    alignas(64) float found[SIDE][R][SIDE][SIDE]; // as in streams_of
+void coded_tiles_of(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
+                    float *out, int64_t stride, bool add) {
+    auto multiply = [&](int64_t n, int64_t apart, int64_t features, int64_t, int64_t, float (*found)[SIDE][SIDE]) {
+        multiply_coded<BITS, R, SHORT>(weight, first + n, apart, features, panel, row, found);
+    };
     const int64_t run = count / SIDE;
-    for (int64_t begin = 0; begin < run; begin += SIDE) {
-        const int64_t some = least(SIDE, run - begin);
-        for (int64_t n = 0; n < some; n++)
-            multiply_coded<BITS, R, SHORT>(weight, first + begin + n, run, SIDE, panel, row, found[n]);
-        for (int64_t i = 0; i < SIDE; i++)
-            for (int r = 0; r < R; r++)
-                put_tile(found[0][r][i], R * SIDE * SIDE, out + i * run + begin + r * SIDE * stride, stride,
-                         least(SIDE, rows - r * SIDE), some, add);
-    }
-    const int64_t done = run * SIDE;
-    if (done == count) return;
-    multiply_coded<BITS, R, SHORT>(weight, first + done, 1, count - done, panel, row, found[0]);
-    for (int r = 0; r < R; r++)
-        put_tile(found[0][r][0], SIDE, out + done + r * SIDE * stride, stride, least(SIDE, rows - r * SIDE), count - done, add);
+    in_streams<R>(multiply, run, panel.stride, rows, out, stride, add);
+    in_pieces<R, SIDE>(multiply, run * SIDE, count, panel.stride, panel.stride, rows, out, stride, add);
 }
 
 // ---- all formats
@@ -232,15 +147,19 @@ template <int R, bool SHORT>
 void tiles_of(const lk_weight &weight, const lk::Panel &panel, int64_t first_row, int64_t rows, int64_t first, int64_t count,
               float *out, int64_t stride, bool add) {
     if (weight.format == LK_WEIGHT_INT8)
-        return coded_streams<8, R, SHORT>(weight, panel, first_row, rows, first, count, out, stride, add);
+        return coded_tiles_of<8, R, SHORT>(weight, panel, first_row, rows, first, count, out, stride, add);
     if (weight.format == LK_WEIGHT_INT4)
-        return coded_streams<4, R, SHORT>(weight, panel, first_row, rows, first, count, out, stride, add);
+        return coded_tiles_of<4, R, SHORT>(weight, panel, first_row, rows, first, count, out, stride, add);
     const int64_t width = weight.in_features, row = (weight.row_stride ? weight.row_stride : width) * 2;
-    const int64_t run = panel.rows > STREAMED_ROWS ? 0 : count / SIDE, done = run * SIDE, block = SIDE * panel.stride;
     const char *w = (const char *)weight.data + first * row;
     const uint16_t *x = panel.halves + first_row * panel.stride;
-    if (run) streams_of<R, SHORT>(w, row, width, run, x, block, rows, out, stride, add);
-    if (done < count) pieces_of<R, SHORT>(w + done * row, row, width, count - done, x, block, rows, out + done, stride, add);
+    auto multiply = [&](int64_t n, int64_t apart, int64_t features, int64_t from, int64_t to, float (*found)[SIDE][SIDE]) {
+        multiply_tiles<R, SHORT>(w + n * row + 2 * from, apart * row, to - from, features, x + from * SIDE, SIDE * panel.stride,
+                                 found[0][0], from > 0, apart == 1);
+    };
+    const int64_t run = panel.rows > STREAMED_ROWS ? 0 : count / SIDE;
+    if (run) in_streams<R>(multiply, run, width, rows, out, stride, add);
+    in_pieces<R, GROUP>(multiply, run * SIDE, count, width, PIECE, rows, out, stride, add);
 }
 
 void tile_products(const lk_weight &weight, const lk::Panel &panel, int64_t first_row, int64_t rows, int64_t first,

@@ -410,6 +410,61 @@ static void likeliest(lk_handle *handle, lk_dtype dtype) {
     }
 }
 
+// A head of 8 or 4 bits whose activations may be rounded to 8: exact where they are whole numbers up to 127, else off by at
+// most half a step for each of them.
+static void coarse_head(lk_handle *handle, lk_weight_format format, int64_t group, int64_t rows, int64_t out, int64_t in) {
+    Matrix m;
+    make(m, format, out, in, group);
+    if (out % 2) m.weight.group_pairs = nullptr; // 4 bits: scales and offsets apart
+    m.weight.group_scale = m.group_scale.data(), m.weight.group_offset = m.group_offset.data();
+    const List<float> norm((size_t)in, 1.f);
+    const float table[2] = {1, 0};
+    const lk_layer none{};
+    lk_decoder_args args{};
+    args.width = in, args.heads = args.kv_heads = 1, args.head_dim = 2, args.layer = &none, args.norm = norm.data();
+    args.head = m.weight, args.cos = args.sin = table, args.positions = args.blocks = args.block_size = 1;
+    args.activation_bits = 4;
+    lk_decoder *decoder;
+    CHECK(lk_decoder_create(handle, &args, &decoder) == LK_INVALID_ARGUMENT);
+    args.activation_bits = 8;
+    CHECK(lk_decoder_create(handle, &args, &decoder) == LK_OK);
+    for (bool exact : {true, false}) {
+        List<float> hidden = normal(rows * in), logits((size_t)(rows * out));
+        for (int64_t i = 0; exact && i < rows * in; i++)
+            hidden[(size_t)i] = i % in % 16 == 0 ? -127.f : (float)(generator() % 255) - 127;
+        CHECK(lk_decoder_head(decoder, rows, hidden.data(), logits.data()) == LK_OK);
+        double worst = 0;
+        for (int64_t r = 0; r < rows; r++) {
+            float *x = hidden.data() + r * in;
+            double squares = 0;
+            for (int64_t k = 0; k < in; k++) squares += (double)x[k] * x[k];
+            for (int64_t k = 0; k < in; k++) x[k] = (float)(x[k] / std::sqrt(squares / (double)in));
+            for (int64_t n = 0; n < out; n++) {
+                double size, right = product(m, x, n, &size), steps = 0;
+                for (int64_t k = 0; k < in && !exact; k += group) {
+                    const int64_t end = std::min(k + group, in);
+                    float most = 0, weights = 0;
+                    for (int64_t i = k; i < end; i++)
+                        most = std::max(most, std::fabs(x[i])), weights += std::fabs(m.values[(size_t)(n * in + i)]);
+                    steps += most / 254 * weights;
+                }
+                const double off = std::fabs(logits[(size_t)(r * out + n)] - right) / (steps + 2e-4 * (size + 1));
+                if (worst == worst && !(off <= worst)) worst = off; // a NaN is the worst, and stays it
+            }
+        }
+        if (!(worst <= 1)) std::printf("coarse, format %d, %lld x (%lld, %lld): %g\n", format, (long long)rows, (long long)out, (long long)in, worst);
+        CHECK(worst <= 1);
+        for (float lost : {NAN, INFINITY}) { // is seen in all of its row, and in no other
+            List<float> other = hidden;
+            other[(size_t)(rows / 2 * in + in / 3)] = lost;
+            List<float> found((size_t)(rows * out));
+            CHECK(lk_decoder_head(decoder, rows, other.data(), found.data()) == LK_OK);
+            for (int64_t i = 0; i < rows * out; i++) CHECK(std::isfinite(found[(size_t)i]) == (i / out != rows / 2));
+        }
+    }
+    lk_decoder_destroy(decoder);
+}
+
 // Many short calls on several handles at once: helpers fall asleep, wake and are let go.
 // A head that sees rounded activations, by which another of its two tokens is the likelier: the screen must know.
 static void rounded_screen(lk_handle *handle) {
@@ -494,6 +549,13 @@ int main(int count, char **words) {
                     if (in > 1000 && rows * out > 1000) continue;
                     for (lk_weight_format format : {LK_WEIGHT_BFLOAT16, LK_WEIGHT_INT8, LK_WEIGHT_INT4})
                         half_linear(handle, format, rows, out, in);
+                }
+        for (int64_t rows : {1, 7, 8, 16, 21, 32, 35, 50, 66, 130})
+            for (int64_t out : {1, 16, 47, 300})
+                for (int64_t in : {1, 60, 128, 700}) {
+                    if (in > 500 && rows * out > 3000) continue;
+                    coarse_head(handle, LK_WEIGHT_INT8, 128, rows, out, in);
+                    for (int64_t group : {64, 128, 256}) coarse_head(handle, LK_WEIGHT_INT4, group, rows, out, in);
                 }
         decode(handle);
         for (lk_dtype dtype : {LK_FLOAT32, LK_BFLOAT16}) likeliest(handle, dtype);

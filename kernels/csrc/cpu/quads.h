@@ -1,0 +1,173 @@
+// Weights of 8 and 4 bits that meet many activations rounded to 8 bits, by the integer products of AVX-512-VNNI: a vector
+// holds four values of K of each of 16 activations, and meets the same four codes of a feature in all lanes. Codes are
+// multiplied as they lie: the activations' values are put in the order of the weight's bytes (IN_QUADS).
+#pragma once
+
+#include "activations.h"
+#include "isa.h"
+#include "squares.h"
+#include "vectors.h"
+#include "weights.h"
+
+namespace {
+
+#if defined(__AVX512VNNI__) && !defined(__AMX_BF16__) // AMX multiplies more at a time, if as bfloat16
+#define LK_QUADS
+constexpr int64_t QUAD_ROWS = 6, HALF_QUAD_ROWS = 8, BLOCK = lk::QUAD_BLOCK;
+
+// ---- activations
+
+// BLOCK values, whose codes fill as many bits of a weight's memory, as bytes in the order of that: words of its 16 bits hold
+// codes of two or four planes, `plane` values apart, of which the first and second byte's are neighbours here; of 4 bits the
+// bytes' lower halves come first.
+template <int BITS>
+INLINE void encode_bytes(const float *x, int64_t plane, int8_t *bytes, float *scale, float *sum_of_codes) {
+    constexpr int PLANES = 16 / BITS, RUN_OF = BLOCK / PLANES;
+    vf most = {}, added = {};
+    for (int p = 0; p < PLANES; p++)
+        for (int64_t j = 0; j < RUN_OF; j += L) most = larger(most, magnitude(load<vf>(x + p * plane + j)));
+    const float size = largest(most), inverse = size > 0 ? 127.f / size : 0;
+    for (int p = 0; p < PLANES / 2; p++)
+        for (int64_t j = 0; j < RUN_OF; j += L, bytes += 2 * L) {
+            const float *at = x + p * plane + j;
+            const vf low = nearest(load<vf>(at) * inverse), high = nearest(load<vf>(at + PLANES / 2 * plane) * inverse);
+            added += low + high; // integers, small enough to be exact
+            const vi words = (__builtin_convertvector(low, vi) & 255) | __builtin_convertvector(high, vi) << 8;
+            store(bytes, __builtin_convertvector(words, vs));
+        }
+    *sum_of_codes = sum(added);
+    *scale = size / 127.f + *sum_of_codes * 0.f; // a NaN stays one
+}
+
+template <int BITS>
+void prepare_quads(const lk_weight &weight, const lk::Source &source, int64_t first, int64_t last, const lk::Panel &panel) {
+    constexpr int64_t MOST = 256, PLANES = 16 / BITS;
+    const int64_t width = weight.in_features, size = source.dtype == LK_FLOAT32 ? 4 : 2;
+    const int64_t group = BITS == 4 ? weight.group_size : lk::QUANTUM;
+    for (int64_t row = first; row < last; row += SIDE) {
+        const int64_t rows = least(SIDE, last - row);
+        const char *x = (const char *)source.x + row * source.stride * size;
+        Scaling scaling[SIDE];
+        for (int64_t r = 0; r < rows; r++) scaling[r] = scaling_of(source, x + r * source.stride * size, width);
+        float part[SIDE][MOST] = {};
+        for (int64_t from = 0; from < panel.stride; from += group) {
+            const int64_t count = least(group, width - from);
+            for (int64_t r = 0; r < rows; r++) {
+                to_float(source.dtype, x + (r * source.stride + from) * size, part[r], count);
+                normalise(source, scaling[r], from, count, part[r]);
+                if (count < group) memset(part[r] + count, 0, (size_t)(group - count) * sizeof(float));
+            }
+            for (int64_t k = 0; k < group; k += BLOCK) {
+                alignas(64) int8_t bytes[SIDE][BLOCK];
+                float scale[SIDE], codes[SIDE];
+                for (int64_t r = 0; r < SIDE; r++)
+                    encode_bytes<BITS>(part[r] + k / PLANES, group / PLANES, bytes[r], scale + r, codes + r);
+                const int64_t at = row * panel.groups + (from + k) / BLOCK * SIDE;
+                const vf of_x = load<vf>(scale), total = load<vf>(codes);
+                store(panel.scale + at, of_x);
+                if (BITS == 8)
+                    store(panel.excess + at, __builtin_convertvector(total * -128.f, vi)); // codes are 128 too large
+                else
+                    store(panel.total + at, total * of_x);
+                vf quads[SIDE];
+                for (int64_t r = 0; r < SIDE; r++) quads[r] = load<vf>(bytes[r]);
+                transpose(quads);
+                for (int64_t i = 0; i < SIDE; i++)
+                    store(panel.bytes + row * panel.stride + (from + k + 4 * i) * SIDE, quads[i]);
+            }
+        }
+    }
+}
+
+// ---- products
+
+INLINE vi dot(vi total, vu codes, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)x); }
+
+// N features, which lie `apart` bytes from each other, with R vectors of activations, `rows` bytes apart, over a block.
+template <int BITS, int R, int N>
+INLINE void meet_block(const uint8_t *w, int64_t apart, const int8_t *x, int64_t rows, vi (&total)[R][N]) {
+    constexpr int64_t BYTES = BLOCK * BITS / 8; // of a feature
+    for (int64_t i = 0; i < BYTES; i += 4) {
+        vi v[R], upper[R];
+        for (int r = 0; r < R; r++) v[r] = load<vi>(x + i * SIDE + r * rows);
+        for (int r = 0; r < R && BITS == 4; r++) upper[r] = load<vi>(x + (BYTES + i) * SIDE + r * rows);
+        for (int n = 0; n < N; n++) {
+            const vu codes = (vu)_mm512_set1_epi32(load<int>(w + n * apart + i));
+            for (int r = 0; r < R; r++) total[r][n] = dot(total[r][n], BITS == 4 ? codes & 0x0f0f0f0fu : codes, v[r]);
+            for (int r = 0; r < R && BITS == 4; r++) total[r][n] = dot(total[r][n], codes >> 4 & 0x0f0f0f0fu, upper[r]);
+        }
+    }
+}
+
+// N features, `apart` from each other, with R times SIDE activations over values from..to - 1 of K; out: of R squares the
+// rows of these features, which are added to where there is more.
+template <int BITS, int R, int N>
+__attribute__((noinline)) void meet(const lk_weight &weight, int64_t feature, int64_t apart, const lk::Panel &panel,
+                                    int64_t row, int64_t from, int64_t to, float *out, int64_t ahead) {
+    const int64_t bytes = panel.stride * BITS / 8, rows = SIDE * panel.stride, next = SIDE * panel.groups;
+    const uint8_t *w = (const uint8_t *)weight.data + feature * bytes + from * BITS / 8;
+    const int8_t *x = panel.bytes + row * panel.stride + from * SIDE;
+    const float *of_x = panel.scale + row * panel.groups + from / BLOCK * SIDE;
+    const float *sum_of_x = panel.total + row * panel.groups + from / BLOCK * SIDE; // or what makes up for 128
+    for (int64_t k = from; k < to; k += BLOCK, w += BLOCK * BITS / 8, x += BLOCK * SIDE, of_x += SIDE, sum_of_x += SIDE) {
+        for (int n = 0; n < N; n++) __builtin_prefetch(w + n * apart * bytes + ahead);
+        vi total[R][N];
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < N; n++) total[r][n] = BITS == 8 ? load<vi>(sum_of_x + r * next) : vi{};
+        meet_block<BITS, R, N>(w, apart * bytes, x, rows, total);
+        float scale[N], offset[N];
+        for (int n = 0; n < N && BITS == 4; n++) {
+            const uint32_t pair = pair_of(weight, feature + n * apart, k / weight.group_size, panel.totals);
+            scale[n] = from_bf16((uint16_t)(pair >> 16)), offset[n] = from_bf16((uint16_t)pair);
+        }
+        for (int r = 0; r < R; r++) {
+            const vf factor = load<vf>(of_x + r * next), all_of_x = load<vf>(sum_of_x + r * next);
+            for (int n = 0; n < N; n++) {
+                float *sum = out + (r * SIDE + n) * SIDE;
+                vf found = k ? load<vf>(sum) : vf{};
+                if (BITS == 4) found += all_of_x * offset[n];
+                store(sum, found + __builtin_convertvector(total[r][n], vf) * (BITS == 4 ? factor * scale[n] : factor));
+            }
+        }
+    }
+}
+
+// As multiply_tiles.
+template <int BITS, int R>
+INLINE void multiply_quads(const lk_weight &weight, int64_t feature, int64_t apart, int64_t features, const lk::Panel &panel,
+                           int64_t row, int64_t from, int64_t to, float *out) {
+    constexpr int N = R < 3 ? 8 : 4;
+    const int64_t bytes = panel.stride * BITS / 8, ahead = apart == 1 ? N * bytes : 512;
+    if (features == SIDE)
+        for (int n = 0; n < SIDE; n += N)
+            meet<BITS, R, N>(weight, feature + n * apart, apart, panel, row, from, to, out + n * SIDE, ahead);
+    else
+        for (int n = 0; n < features; n++)
+            meet<BITS, R, 1>(weight, feature + n * apart, apart, panel, row, from, to, out + n * SIDE, 0);
+}
+
+template <int BITS, int R>
+void quads_of(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
+              float *out, int64_t stride, bool add) {
+    constexpr int64_t GROUP = 4 * SIDE, STREAMED_ROWS = 2 * SIDE, PIECE = 256;
+    auto multiply = [&](int64_t n, int64_t apart, int64_t features, int64_t from, int64_t to, float (*found)[SIDE][SIDE]) {
+        multiply_quads<BITS, R>(weight, first + n, apart, features, panel, row, from, to, found[0][0]);
+        if (to == panel.stride) scale_rows<R>(weight.scale + first + n, apart, features, found);
+    };
+    const int64_t run = panel.rows > STREAMED_ROWS ? 0 : count / SIDE;
+    in_streams<R>(multiply, run, panel.stride, rows, out, stride, add);
+    in_pieces<R, GROUP>(multiply, run * SIDE, count, panel.stride, PIECE, rows, out, stride, add);
+}
+
+void quad_products(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
+                   float *out, int64_t stride, bool add) {
+    static_assert(lk::ROW_BLOCK == 4 * SIDE);
+    constexpr decltype(&quads_of<8, 1>) OF[2][4] = {{quads_of<8, 1>, quads_of<8, 2>, quads_of<8, 3>, quads_of<8, 4>},
+                                                    {quads_of<4, 1>, quads_of<4, 2>, quads_of<4, 3>, quads_of<4, 4>}};
+    OF[weight.format == LK_WEIGHT_INT4][(rows - 1) / SIDE](weight, panel, row, rows, first, count, out, stride, add);
+}
+#else
+constexpr int64_t QUAD_ROWS = lk::NEVER, HALF_QUAD_ROWS = lk::NEVER;
+#endif
+
+} // namespace
