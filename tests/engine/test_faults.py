@@ -485,3 +485,9 @@ def test_generate_that_fails_leaves_nothing_running(pair):
             engine.generate(requests())
         engine.step()
         assert_idle(engine)
+
+
+@pytest.mark.parametrize("budget, cure", [(1, "raise kv_cache_bytes=1"), (1 << 52, "lower kv_cache_bytes")])
+def test_a_cache_that_cannot_be_is_refused(pair, budget, cure):
+    with pytest.raises(lf.errors.ConfigError, match=cure):
+        pair.engine(kv_cache_bytes=budget)

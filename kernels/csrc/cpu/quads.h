@@ -109,6 +109,11 @@ __attribute__((noinline)) void meet(const lk_weight &weight, int64_t feature, in
     const int8_t *x = panel.bytes + row * panel.stride + from * SIDE;
     const float *of_x = panel.scale + row * panel.groups + from / BLOCK * SIDE;
     const float *sum_of_x = panel.total + row * panel.groups + from / BLOCK * SIDE; // or what makes up for 128
+    constexpr bool KEPT = R < 3; // sums stay in registers, of which more rows leave none
+    vf kept[R][N];
+    auto sum_before = [&](int r, int n, int64_t k) { return k ? load<vf>(out + (r * SIDE + n) * SIDE) : vf{}; };
+    for (int r = 0; r < R && KEPT; r++)
+        for (int n = 0; n < N; n++) kept[r][n] = sum_before(r, n, from);
     for (int64_t k = from; k < to; k += BLOCK, w += BLOCK * BITS / 8, x += BLOCK * SIDE, of_x += SIDE, sum_of_x += SIDE) {
         for (int n = 0; n < N; n++) __builtin_prefetch(w + n * apart * bytes + ahead);
         vi total[R][N];
@@ -123,27 +128,31 @@ __attribute__((noinline)) void meet(const lk_weight &weight, int64_t feature, in
         for (int r = 0; r < R; r++) {
             const vf factor = load<vf>(of_x + r * next), all_of_x = load<vf>(sum_of_x + r * next);
             for (int n = 0; n < N; n++) {
-                float *sum = out + (r * SIDE + n) * SIDE;
-                vf found = k ? load<vf>(sum) : vf{};
-                if (BITS == 4) found += all_of_x * offset[n];
-                store(sum, found + __builtin_convertvector(total[r][n], vf) * (BITS == 4 ? factor * scale[n] : factor));
+                vf sum = KEPT ? kept[r][n] : sum_before(r, n, k);
+                if (BITS == 4) sum += all_of_x * offset[n];
+                sum += __builtin_convertvector(total[r][n], vf) * (BITS == 4 ? factor * scale[n] : factor);
+                if (KEPT) kept[r][n] = sum;
+                else store(out + (r * SIDE + n) * SIDE, sum);
             }
         }
     }
+    for (int r = 0; r < R && KEPT; r++)
+        for (int n = 0; n < N; n++) store(out + (r * SIDE + n) * SIDE, kept[r][n]);
 }
 
-// As multiply_tiles.
+// As multiply_tiles. Sums and what they are made of fill the registers.
 template <int BITS, int R>
 INLINE void multiply_quads(const lk_weight &weight, int64_t feature, int64_t apart, int64_t features, const lk::Panel &panel,
                            int64_t row, int64_t from, int64_t to, float *out) {
-    constexpr int N = R < 3 ? 8 : 4;
-    const int64_t bytes = panel.stride * BITS / 8, ahead = apart == 1 ? N * bytes : 512;
-    if (features == SIDE)
-        for (int n = 0; n < SIDE; n += N)
-            meet<BITS, R, N>(weight, feature + n * apart, apart, panel, row, from, to, out + n * SIDE, ahead);
-    else
-        for (int n = 0; n < features; n++)
-            meet<BITS, R, 1>(weight, feature + n * apart, apart, panel, row, from, to, out + n * SIDE, 0);
+    constexpr int N = R == 1 ? 8 : R == 2 ? 6 : 4, REST = SIDE % N ? SIDE % N : 1;
+    const int64_t ahead = apart == 1 ? N * panel.stride * BITS / 8 : 512;
+    auto some = [&](auto of_so_many, int n, int64_t distance) {
+        of_so_many(weight, feature + n * apart, apart, panel, row, from, to, out + n * SIDE, distance);
+    };
+    int n = 0;
+    for (; n + N <= features; n += N) some(meet<BITS, R, N>, n, ahead);
+    if (REST > 1 && features - n == REST) return some(meet<BITS, R, REST>, n, ahead);
+    for (; n < features; n++) some(meet<BITS, R, 1>, n, 0);
 }
 
 template <int BITS, int R>
