@@ -67,7 +67,9 @@ def _large_pages(count: int) -> mmap.mmap:
     try:
         pages = mmap.mmap(-1, count)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"{count} bytes for the key-value cache cannot be had ({error}); lower kv_cache_bytes") from None
+        raise ConfigError(
+            f"{count} bytes for the key-value cache cannot be had ({error}); lower kv_cache_bytes"
+        ) from None
     with suppress(AttributeError, OSError):  # another system, or one without such pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages

@@ -14,6 +14,11 @@
 
 using namespace lk;
 
+struct Best { // of a row's logits
+    float value;
+    int64_t at;
+};
+
 struct lk_decoder {
     lk_handle *handle;
     lk_decoder_args args;
@@ -21,6 +26,7 @@ struct lk_decoder {
     std::vector<float> norms; // (2 layers + 1, width)
     PanelBuffer panel, inner, rough;
     Buffer<float> stream, qkv, attended, gated, scratch, logits, floors;
+    Buffer<Best> bests;
 
     const float *norm(int64_t i) const { return norms.data() + i * args.width; }
     int64_t group_heads() const { return args.heads + 2 * args.kv_heads; }
@@ -231,11 +237,41 @@ void head_product(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *h
     });
 }
 
-int64_t largest_of(const float *x, int64_t count) { // a NaN is the largest, as in numpy
-    int64_t at = 0;
-    for (int64_t i = 1; i < count && x[at] == x[at]; i++)
-        if (!(x[i] <= x[at])) at = i;
-    return at;
+// The larger one, of equals the first; a NaN is the largest, as in numpy.
+const Best &better(const Best &a, const Best &b) {
+    const bool lost = a.value != a.value;
+    if (lost != (b.value != b.value)) return lost ? a : b;
+    if (!lost && a.value != b.value) return a.value > b.value ? a : b;
+    return a.at < b.at ? a : b;
+}
+
+// The likeliest token of every row, without memory for all logits.
+void likeliest_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *hidden, int64_t *tokens) {
+    constexpr int64_t PART = 256; // features, whose logits stay near
+    const lk_weight &head = decoder.args.head;
+    const int64_t threads = cpu.pool->threads();
+    const Panel &panel = prepare(cpu, decoder.panel, head, head_source(decoder, hidden), rows);
+    float *scratch = decoder.scratch.at_least(ROW_BLOCK * PART * threads);
+    Best *bests = decoder.bests.at_least(rows * threads);
+    std::fill_n(bests, rows * threads, Best{-INFINITY, INT64_MAX});
+    share_product(cpu, rows, head.out_features, unit_of(panel, 12),
+                  [&](int64_t row, int64_t count, int64_t first, int64_t features, int thread) {
+        float *logits = scratch + thread * ROW_BLOCK * PART;
+        for (int64_t n = first; n < first + features; n += PART) {
+            const int64_t some = std::min(PART, first + features - n);
+            cpu.isa->products(head, panel, row, count, n, some, logits, PART, false);
+            for (int64_t m = 0; m < count; m++) {
+                Best &best = bests[thread * rows + row + m];
+                const int64_t at = cpu.isa->likeliest(some, logits + m * PART);
+                best = better(best, {logits[m * PART + at], n + at});
+            }
+        }
+    });
+    for (int64_t r = 0; r < rows; r++) {
+        Best best = bests[r];
+        for (int64_t t = 1; t < threads; t++) best = better(best, bests[t * rows + r]);
+        tokens[r] = best.at;
+    }
 }
 
 // A product with the screen leaves few candidates, of which alone the head's rows are read.
@@ -377,10 +413,7 @@ lk_status lk_decoder_likeliest(lk_decoder *decoder, int64_t rows, const float *h
     return guarded(handle, [&] {
         lk_cpu &cpu = *handle->cpu;
         if (decoder->args.screen.data && rows <= SCREENED_ROWS && screen_tokens(*decoder, cpu, rows, hidden, tokens)) return LK_OK;
-        const int64_t vocabulary = decoder->args.head.out_features;
-        float *logits = decoder->logits.at_least(rows * vocabulary);
-        head_product(*decoder, cpu, rows, hidden, logits);
-        cpu.pool->each(rows, [&](int64_t r, int) { tokens[r] = largest_of(logits + r * vocabulary, vocabulary); });
+        likeliest_tokens(*decoder, cpu, rows, hidden, tokens);
         return LK_OK;
     });
 }

@@ -217,6 +217,8 @@ struct Isa {
     void (*varlen_attention_backward)(const VarlenAttention &task, float *scratch);
 
     int64_t (*draw)(const Draw &task);
+    // The index of the largest, the first of equals; a NaN is the largest, as in numpy.
+    int64_t (*likeliest)(int64_t count, const float *x);
 
     // PICTURE_ROWS rows in width; out (PICTURE_ROWS, 3, plane).
     void (*across)(const Across &task, const uint8_t *const *rows, uint8_t *out);

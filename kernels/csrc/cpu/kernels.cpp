@@ -559,6 +559,31 @@ void swiglu(int64_t count, const float *gate, const float *up, float *out) {
     }
 }
 
+int64_t likeliest(int64_t count, const float *x) {
+    vf most = all(-__builtin_inff());
+    vi lost = {}, at = {}, now = {}; // at: where a lane met its largest first
+    int64_t i = 0, best = 0;
+    for (; i + L <= count; i += L, now += L) {
+        const vf v = load<vf>(x + i);
+        at = v > most ? now : at;
+        most = larger(most, v), lost |= v != v;
+    }
+    bool any = false;
+    float target = -__builtin_inff();
+    for (int64_t lane = 0; lane < L; lane++) {
+        const int64_t here = at[lane] + lane;
+        any |= lost[lane] != 0;
+        if (most[lane] > target || (most[lane] == target && here < best)) target = most[lane], best = here;
+    }
+    for (; i < count; i++) {
+        any |= x[i] != x[i];
+        if (x[i] > target) target = x[i], best = i;
+    }
+    for (i = 0; any && i < count; i++)
+        if (x[i] != x[i]) return i;
+    return best < count ? best : 0; // all of them may be -infinity
+}
+
 void layer_norm(float *x, int64_t rows, int64_t width, const float *weight, const float *shift, float eps) {
     const Source source{LK_FLOAT32, x, width, weight, shift, eps, false};
     for (int64_t r = 0; r < rows; r++, x += width) normalise(source, scaling_of(source, x, width), 0, width, x);
@@ -588,6 +613,6 @@ extern const Isa LK_ISA;
 const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, QUAD_ROWS, HALF_QUAD_ROWS, prepare, products, turn, gelu, swiglu, attend, to_float,
                     from_float, layer_norm, biased, LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
                     LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
-                    LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward, draw,
+                    LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward, draw, likeliest,
                     LK_INNER::across, LK_INNER::down, LK_INNER::normalise};
 } // namespace lk
