@@ -11,15 +11,18 @@ constexpr int64_t CHUNK = 128; // values that are looked at together where a who
 // Sum of (x - mean)^power over a row, power 1 or 2, without a copy of a row of halves.
 inline float summed(lk_dtype dtype, const void *x, int64_t width, float mean, int power) {
     vf total = {};
+    auto add = [&](vf v) {
+        const vf off = v - mean;
+        total += power == 1 ? off : off * off;
+    };
+    int64_t done = 0;
+    for (; dtype == LK_FLOAT32 && done + L <= width; done += L) add(load<vf>((const float *)x + done));
     float part[CHUNK];
-    for (int64_t from = 0; from < width; from += CHUNK) {
+    for (int64_t from = done; from < width; from += CHUNK) {
         const int64_t count = least(CHUNK, width - from);
         to_float(dtype, (const char *)x + from * (dtype == LK_FLOAT32 ? 4 : 2), part, count);
         for (int64_t i = count; i % L; i++) part[i] = mean;
-        for (int64_t i = 0; i < count; i += L) {
-            const vf off = load<vf>(part + i) - mean;
-            total += power == 1 ? off : off * off;
-        }
+        for (int64_t i = 0; i < count; i += L) add(load<vf>(part + i));
     }
     return sum(total);
 }
@@ -44,6 +47,23 @@ inline void normalise(const lk::Source &source, Scaling scaling, int64_t from, i
         store(x + i, shift ? y + load<vf>(shift + i) : y);
     }
     for (; i < count; i++) x[i] = (x[i] - scaling.mean) * scaling.factor * weight[i] + (shift ? shift[i] : 0);
+}
+
+// `count` values of a row of activations x, which begin at `from`, as they go into a panel.
+inline void values_of(const lk::Source &source, Scaling scaling, const void *x, int64_t from, int64_t count, float *out) {
+    const float *own = (const float *)x + from;
+    const uint16_t *half = (const uint16_t *)x + from;
+    int64_t i = 0;
+    if (source.dtype == LK_FLOAT32 && !source.norm)
+        for (; i + L <= count; i += L) store(out + i, load<vf>(own + i));
+    else if (source.dtype == LK_FLOAT32 && !source.shift)
+        for (; i + L <= count; i += L) store(out + i, load<vf>(own + i) * scaling.factor * load<vf>(source.norm + from + i));
+    if (i == count) return;
+    if (source.dtype == LK_FLOAT32)
+        to_float(source.dtype, own + i, out + i, count - i);
+    else
+        to_float(source.dtype, half + i, out + i, count - i);
+    normalise(source, scaling, from + i, count - i, out + i);
 }
 
 } // namespace

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int64_t LEAST_KEYS = 32, KEY_PARTS = 16, KEY_UNIT = 16;
 
-// Queries that a task takes for one head of keys, or heads of keys for one query.
-int64_t most_of(const PagedStep &step) { return std::max(MAX_QUERIES / (step.heads / step.kv_heads), int64_t{1}); }
+// Queries that a task takes for one head of keys (most: PROMPT_QUERIES), or heads of keys for one query (MAX_QUERIES).
+int64_t most_of(const PagedStep &step, int64_t most) { return std::max(most / (step.heads / step.kv_heads), int64_t{1}); }
 
 struct Part {
     int64_t sequence, query, queries; // of the sequence, the first and how many
@@ -44,12 +44,13 @@ struct Parts {
     int64_t partials = 0;
 };
 
-// Runs of queries, as many as a task takes, of one head each: later ones see more keys.
+// Runs of queries of one head each, of the same length as far as they can be: later ones see more keys.
 void add_prompt(const PagedStep &step, int64_t s, Parts &parts) {
-    const int64_t queries = queries_of(step, s), before = step.context_lens[s] - queries, most = most_of(step);
-    for (int64_t first = 0; first < queries; first += most)
+    const int64_t queries = queries_of(step, s), before = step.context_lens[s] - queries;
+    const int64_t run = queries ? cdiv(queries, cdiv(queries, most_of(step, PROMPT_QUERIES))) : 1;
+    for (int64_t first = 0; first < queries; first += run)
         for (int64_t head = 0; head < step.kv_heads; head++) {
-            const int64_t count = std::min(most, queries - first);
+            const int64_t count = std::min(run, queries - first);
             parts.list.push_back({s, first, count, head, 1, 0, before + first + count, -1});
         }
 }
@@ -71,7 +72,7 @@ Parts parts_of(const PagedStep &step, int64_t threads) {
     for (int64_t s = 0; s < step.sequences; s++)
         if (queries_of(step, s) == 1) runs += cdiv(step.context_lens[s], keys);
     // As few shares of the heads as a task can take, more where threads would be left without work.
-    const int64_t least = cdiv(step.kv_heads, most_of(step)), wanted = runs ? cdiv(4 * threads, runs) : 1;
+    const int64_t least = cdiv(step.kv_heads, most_of(step, MAX_QUERIES)), wanted = runs ? cdiv(4 * threads, runs) : 1;
     const int64_t heads = cdiv(step.kv_heads, std::clamp(wanted, least, step.kv_heads));
     Parts parts;
     for (int64_t s = 0; s < step.sequences; s++) {

@@ -63,11 +63,11 @@ void attend_many(const Attention &task, float *scratch) {
     using lk::KEY_TILE;
     using lk::MAX_HEAD_DIM;
     float *keys = scratch, *values = keys + KEY_TILE * MAX_HEAD_DIM, *p = values + KEY_TILE * MAX_HEAD_DIM;
-    float *q = p + lk::MAX_QUERIES * KEY_TILE, *out = q + lk::MAX_QUERIES * MAX_HEAD_DIM;
+    float *q = p + lk::PROMPT_QUERIES * KEY_TILE, *out = q + lk::PROMPT_QUERIES * MAX_HEAD_DIM;
     const int64_t dim = task.head_dim, width = (dim + PANEL - 1) / PANEL * PANEL, rows = task.rows;
     const int64_t size = task.cache_dtype == LK_FLOAT32 ? 4 : 2;
     const float factor = LOG2E / __builtin_sqrtf((float)dim); // scores are kept in units of log 2
-    float most[lk::MAX_QUERIES], total[lk::MAX_QUERIES];
+    float most[lk::PROMPT_QUERIES], total[lk::PROMPT_QUERIES];
     for (int64_t r = 0; r < rows; r++) {
         memcpy(q + r * dim, task.q + r / task.group * task.q_stride + r % task.group * dim, (size_t)dim * sizeof(float));
         memset(out + r * width, 0, (size_t)width * sizeof(float));
@@ -82,12 +82,14 @@ void attend_many(const Attention &task, float *scratch) {
             to_float(task.cache_dtype, (const char *)task.v + tile.at[t] * size, values + t * width, dim);
             for (int64_t d = dim; d < width; d++) values[t * width + d] = 0;
         }
-        product(rows, KEY_TILE, dim, {q, dim, 1}, keys, KEY_TILE, p, KEY_TILE, false);
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t seen = least(task.first + r / task.group + 1 - begin, tile.count); // may be none
+        const int64_t from = begin > task.first ? (begin - task.first) * task.group : 0; // those before see none of these
+        float *first = p + from * KEY_TILE;
+        product(rows - from, KEY_TILE, dim, {q + from * dim, dim, 1}, keys, KEY_TILE, first, KEY_TILE, false);
+        for (int64_t r = from; r < rows; r++) {
+            const int64_t seen = least(task.first + r / task.group + 1 - begin, tile.count);
             weights(p + r * KEY_TILE, seen, factor, most[r], total[r], out + r * width, width);
         }
-        product(rows, width, tile.count, {p, KEY_TILE, 1}, values, width, out, width, true);
+        product(rows - from, width, tile.count, {first, KEY_TILE, 1}, values, width, out + from * width, width, true);
     }
     for (int64_t r = 0; r < rows; r++) {
         float *to = result_of(task, r);

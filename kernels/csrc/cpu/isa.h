@@ -65,7 +65,8 @@ struct Source {
 // A run of a sequence's queries with some of its keys, of some heads.
 struct Attention {
     int64_t kv_heads;         // heads of keys
-    int64_t rows;             // queries * group; kv_heads * rows is at most MAX_QUERIES
+    int64_t rows;             // queries * group; kv_heads * rows is at most MAX_QUERIES; of one head
+                              // of keys it may be PROMPT_QUERIES
     int64_t group;            // query heads that share the keys
     int64_t head_dim;
     const float *q;           // at the first of the heads; row r of one: query r / group, head r % group
@@ -81,7 +82,7 @@ struct Attention {
     int64_t block_size;
     const int32_t *table;     // the sequence's blocks
 };
-constexpr int64_t MAX_QUERIES = 32, KEY_TILE = 64, MAX_HEAD_DIM = 256;
+constexpr int64_t MAX_QUERIES = 32, PROMPT_QUERIES = 64, KEY_TILE = 64, MAX_HEAD_DIM = 256;
 
 // Work on rows first..last-1. Strides count elements; what the header calls NULL may be NULL.
 struct RmsNorm {
@@ -231,7 +232,7 @@ struct Isa {
 // sum, and the largest score, in units of log 2. The weights are 2^(score - largest).
 constexpr int64_t attention_partial(int64_t head_dim) { return head_dim + 2; }
 // Floats of scratch memory that attend needs.
-constexpr int64_t ATTEND_SCRATCH = 2 * KEY_TILE * MAX_HEAD_DIM + MAX_QUERIES * (KEY_TILE + 2 * MAX_HEAD_DIM);
+constexpr int64_t ATTEND_SCRATCH = 2 * KEY_TILE * MAX_HEAD_DIM + PROMPT_QUERIES * (KEY_TILE + 2 * MAX_HEAD_DIM);
 
 extern const Isa portable, avx2, avx512, avx512vnni, avx512bf16, amx, neon; // those that the library was built with
 

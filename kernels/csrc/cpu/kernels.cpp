@@ -60,8 +60,7 @@ void prepare_block(const Source &source, int64_t width, int64_t rows, int64_t fi
     for (int64_t from = 0; from < width; from += CHUNK) {
         const int64_t count = least(CHUNK, width - from);
         for (int64_t r = 0; r < rows; r++) {
-            to_float(source.dtype, x + (r * source.stride + from) * size, part[r], count);
-            normalise(source, scaling[r], from, count, part[r]);
+            values_of(source, scaling[r], x + r * source.stride * size, from, count, part[r]);
         }
         turned(part[0], CHUNK, L, count, out + from * L, L);
     }
@@ -88,8 +87,7 @@ void prepare(const lk_weight &weight, const Source &source, int64_t first, int64
         float *values = panel.values + row * panel.stride;
         const int64_t size = source.dtype == LK_FLOAT32 ? 4 : 2;
         const char *x = (const char *)source.x + row * source.stride * size;
-        to_float(source.dtype, x, values, width);
-        normalise(source, scaling_of(source, x, width), 0, width, values);
+        values_of(source, scaling_of(source, x, width), x, 0, width, values);
         for (int64_t i = 0; source.rounded && i < width; i++) values[i] = from_bf16(to_bf16(values[i]));
         memset(values + width, 0, (size_t)(panel.stride - width) * sizeof(float));
         if (weight.format == LK_WEIGHT_BFLOAT16) part_pairs(values, panel.stride);
@@ -551,7 +549,7 @@ void swiglu(int64_t count, const float *gate, const float *up, float *out) {
         const bool whole = i + L <= count;
         if (!whole) memcpy(g, gate + i, bytes), memcpy(u, up + i, bytes);
         const vf a = load<vf>(whole ? gate + i : g), b = load<vf>(whole ? up + i : u);
-        const vf y = a / (exponential(-a) + 1.f) * b;
+        const vf y = a / (two_to_the(a * -LOG2E) + 1.f) * b;
         if (whole)
             store(out + i, y);
         else

@@ -17,8 +17,7 @@ void prepare_pairs(const lk::Source &source, int64_t width, int64_t first, int64
         float part[CHUNK] = {};
         for (int64_t from = 0; from < width; from += CHUNK) { // there is room for a whole one at the end
             const int64_t count = least(CHUNK, width - from);
-            to_float(source.dtype, x + from * size, part, count);
-            normalise(source, scaling, from, count, part);
+            values_of(source, scaling, x, from, count, part);
             if (count < CHUNK) memset(part + count, 0, (size_t)(CHUNK - count) * sizeof(float));
             for (int64_t i = 0; i < CHUNK; i += 2 * L)
                 store(out + from + i, _mm512_cvtne2ps_pbh((__m512)load<vf>(part + i + L), (__m512)load<vf>(part + i)));

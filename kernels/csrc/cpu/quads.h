@@ -53,8 +53,7 @@ void prepare_quads(const lk_weight &weight, const lk::Source &source, int64_t fi
         for (int64_t from = 0; from < panel.stride; from += group) {
             const int64_t count = least(group, width - from);
             for (int64_t r = 0; r < rows; r++) {
-                to_float(source.dtype, x + (r * source.stride + from) * size, part[r], count);
-                normalise(source, scaling[r], from, count, part[r]);
+                values_of(source, scaling[r], x + r * source.stride * size, from, count, part[r]);
                 if (count < group) memset(part[r] + count, 0, (size_t)(group - count) * sizeof(float));
             }
             for (int64_t k = 0; k < group; k += BLOCK) {
@@ -158,7 +157,7 @@ INLINE void multiply_quads(const lk_weight &weight, int64_t feature, int64_t apa
 template <int BITS, int R>
 void quads_of(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
               float *out, int64_t stride, bool add) {
-    constexpr int64_t GROUP = 4 * SIDE, STREAMED_ROWS = 2 * SIDE, PIECE = 256;
+    constexpr int64_t GROUP = 4 * SIDE, STREAMED_ROWS = 2 * SIDE, PIECE = 384;
     auto multiply = [&](int64_t n, int64_t apart, int64_t features, int64_t from, int64_t to, float (*found)[SIDE][SIDE]) {
         multiply_quads<BITS, R>(weight, first + n, apart, features, panel, row, from, to, found[0][0]);
         if (to == panel.stride) scale_rows<R>(weight.scale + first + n, apart, features, found);

@@ -57,8 +57,7 @@ void prepare_tiles(const lk_weight &weight, const lk::Source &source, int64_t fi
         for (int64_t from = 0; from < panel.stride; from += PIECE) {
             const int64_t count = from < width ? least(PIECE, width - from) : 0, end = least(PIECE, panel.stride - from);
             for (int64_t r = 0; r < rows; r++) {
-                to_float(source.dtype, x + (r * source.stride + from) * size, part[r], count);
-                normalise(source, scaling[r], from, count, part[r]);
+                values_of(source, scaling[r], x + r * source.stride * size, from, count, part[r]);
                 if (count < PIECE) memset(part[r] + count, 0, (size_t)(PIECE - count) * sizeof(float));
                 for (int64_t k = 0; weight.format == LK_WEIGHT_INT4 && k < end; k += 64)
                     total[(from + k) / group * SIDE + r] += rounded_sum(part[r] + k, 64);

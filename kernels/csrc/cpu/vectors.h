@@ -175,6 +175,22 @@ INLINE vf power_of_two(vf x) {
     return x < -126.f ? all(0.f) : y;
 }
 
+// 2^x to 2 units in the last place within -126 and 126, beyond which it is that of these: for a sum with 1.
+INLINE vf two_to_the(vf x) {
+    const float shift = 12582912.f;
+    vf bounded = larger(x, all(-126.f));
+    bounded = bounded < 126.f ? bounded : all(126.f);
+    const vf turned = bounded + shift;
+    const vf r = bounded - (turned - shift); // within -0.5 and 0.5
+    vf p = r * 0.000154035304f + 0.00133335581f;
+    p = p * r + 0.00961812911f;
+    p = p * r + 0.0555041087f;
+    p = p * r + 0.240226507f;
+    p = p * r + 0.693147181f;
+    p = p * r + 1.f;
+    return (vf)((vi)p + ((vi)turned << 23)); // what `shift` adds is shifted out
+}
+
 // sums + products of neighbouring 16-bit lanes, added in pairs (which pairs meet in which lane does not matter).
 INLINE i8 multiply_add(i8 total, h16 a, h16 b) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
