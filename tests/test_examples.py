@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import llava_fast as lf
 from tests.generate.conftest import checkpoint  # noqa: F401  # a fixture
+from tests.serve.conftest import slowed
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIG = lf.EngineConfig(kv_cache_bytes=1 << 21, max_sequences=8)
@@ -97,16 +97,15 @@ def test_embed_fastapi(checkpoint):  # noqa: F811
             assert bad.status == 400 and "not an image" in bad.text
             assert (await Client(app, "question=What&max_tokens=0").post()).status == 400
 
-            step = engine.step  # slower, or an answer may be done before its client has read two pieces and left
-            engine.step = lambda: (time.sleep(0.005), step())[1]
-            for leave_after in (0, 2):  # before the answer and during it, which is how one sees that it is streamed
-                gone = Client(app, "question=Go+on&max_tokens=400", leave_after=leave_after)
-                if not leave_after:
-                    gone.left.set()
-                await gone.post()
-                assert gone.chunks < 100
-            while engine.stats().running or engine.stats().waiting:
-                await asyncio.sleep(0.01)
+            with slowed(engine):
+                for leave_after in (0, 2):  # before the answer and during it, which is how one sees that it is streamed
+                    gone = Client(app, "question=Go+on&max_tokens=400", leave_after=leave_after)
+                    if not leave_after:
+                        gone.left.set()
+                    await gone.post()
+                    assert gone.chunks < 100
+                while engine.stats().running or engine.stats().waiting:
+                    await asyncio.sleep(0.01)
             assert engine.stats().finished["cancelled"] == 2
             assert engine.stats().blocks_held == 0
 

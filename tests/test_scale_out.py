@@ -18,7 +18,7 @@ from openai import OpenAI
 import llava_fast as lf
 from llava_fast.pretrained import built_in
 from llava_fast.serve import Settings, create_app
-from tests.serve.conftest import serving, wait_for
+from tests.serve.conftest import serving, slowed, wait_for
 
 DOCS = Path(__file__).parents[1] / "docs"
 QUESTION = "How many shapes are there in this picture, and what colors do they have?"
@@ -150,7 +150,7 @@ def test_text_streams_and_a_client_that_leaves_stops_its_answer(balanced):
     worker = balanced.worker(**named(0))
     engine = balanced.engines[worker == "two"]
     cancelled = engine.stats().finished["cancelled"]
-    with balanced.client() as client:
+    with slowed(engine), balanced.client() as client:
         stream = client.completions.create(
             model=worker,
             prompt="Go on",

@@ -72,6 +72,17 @@ def client(server):
         yield client
 
 
+@contextmanager
+def slowed(engine: lf.Engine, seconds: float = 0.005) -> Iterator[None]:
+    """Each of its steps takes so much longer: no answer is done before a client has left."""
+    step = engine.step
+    engine.step = lambda: (time.sleep(seconds), step())[1]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del engine.step  # type: ignore[misc]
+
+
 def wait_for(true: Any, seconds: float = 20) -> None:
     until = time.monotonic() + seconds
     while not true():

@@ -25,7 +25,7 @@ from llava_fast.errors import ConfigError
 from llava_fast.generate.setup import Setup
 from llava_fast.serve import Settings, create_app
 from llava_fast.serve.__main__ import main as command_line
-from tests.serve.conftest import KEY, png, serving, user, wait_for
+from tests.serve.conftest import KEY, png, serving, slowed, user, wait_for
 
 LONG = {"messages": user("Hi"), "max_tokens": 900, "temperature": 0, "ignore_eos": True}
 SHORT = {"messages": user("Hi"), "max_tokens": 2, "temperature": 0}
@@ -46,7 +46,7 @@ def idle(engine: lf.Engine) -> bool:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_disconnect(patient, stream):
-    with serving(create_app(patient)) as server:
+    with serving(create_app(patient)) as server, slowed(patient):
         body = json.dumps({**LONG, "stream": stream}).encode()
         head = (
             f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -140,7 +140,8 @@ def test_bodies(server):
 
 
 def test_too_many_at_once(patient):
-    with serving(create_app(patient, Settings(max_concurrent=1))) as server, ThreadPoolExecutor(1) as pool:
+    app = create_app(patient, Settings(max_concurrent=1))
+    with serving(app) as server, slowed(patient, 0.001), ThreadPoolExecutor(1) as pool:
         first = pool.submit(httpx.post, server.url + CHAT, json=LONG, timeout=60)
         wait_for(lambda: server.app.state.gate.running == 1)
         refused = httpx.post(server.url + CHAT, json=SHORT, timeout=60)
@@ -154,7 +155,7 @@ def test_too_many_at_once(patient):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_time_for_one_request(patient, stream):
-    with serving(create_app(patient, Settings(request_seconds=0.2))) as server:
+    with serving(create_app(patient, Settings(request_seconds=0.2))) as server, slowed(patient, 0.001):
         patient.generate([lf.Request(token_ids=[1])])
         response = httpx.post(server.url + CHAT, json={**LONG, "stream": stream}, timeout=30)
         if response.status_code == 200:  # the stream had begun
