@@ -24,7 +24,7 @@ class NativeDecoder:
     activation_bits: as in EngineConfig.
     """
 
-    def __init__(self, model: Llava, cache: KVCache, max_length: int, activation_bits: int | None = None):
+    def __init__(self, model: Llava, cache: KVCache, max_length: int, activation_bits: int | None):
         decoder, text = model.decoder, model.config.text
         cos, sin = (table.contiguous() for table in decoder.angles(torch.arange(max_length)))
         pairs: list[Tensor] = []  # which the weights of 4 bits get for this decoder

@@ -52,17 +52,14 @@ inline void normalise(const lk::Source &source, Scaling scaling, int64_t from, i
 // `count` values of a row of activations x, which begin at `from`, as they go into a panel.
 inline void values_of(const lk::Source &source, Scaling scaling, const void *x, int64_t from, int64_t count, float *out) {
     const float *own = (const float *)x + from;
-    const uint16_t *half = (const uint16_t *)x + from;
+    const int64_t size = source.dtype == LK_FLOAT32 ? 4 : 2;
     int64_t i = 0;
     if (source.dtype == LK_FLOAT32 && !source.norm)
         for (; i + L <= count; i += L) store(out + i, load<vf>(own + i));
     else if (source.dtype == LK_FLOAT32 && !source.shift)
         for (; i + L <= count; i += L) store(out + i, load<vf>(own + i) * scaling.factor * load<vf>(source.norm + from + i));
     if (i == count) return;
-    if (source.dtype == LK_FLOAT32)
-        to_float(source.dtype, own + i, out + i, count - i);
-    else
-        to_float(source.dtype, half + i, out + i, count - i);
+    to_float(source.dtype, (const char *)x + (from + i) * size, out + i, count - i);
     normalise(source, scaling, from + i, count - i, out + i);
 }
 

@@ -14,12 +14,11 @@
 
 using namespace lk;
 
-struct Best { // of a row's logits
-    float value;
-    int64_t at;
-};
-
 struct lk_decoder {
+    struct Best { // of a row's logits
+        float value;
+        int64_t at;
+    };
     lk_handle *handle;
     lk_decoder_args args;
     std::vector<lk_layer> layers;
@@ -236,6 +235,8 @@ void head_product(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *h
                           head.out_features, false);
     });
 }
+
+using Best = lk_decoder::Best;
 
 // The larger one, of equals the first; a NaN is the largest, as in numpy.
 const Best &better(const Best &a, const Best &b) {

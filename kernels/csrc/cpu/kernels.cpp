@@ -549,7 +549,7 @@ void swiglu(int64_t count, const float *gate, const float *up, float *out) {
         const bool whole = i + L <= count;
         if (!whole) memcpy(g, gate + i, bytes), memcpy(u, up + i, bytes);
         const vf a = load<vf>(whole ? gate + i : g), b = load<vf>(whole ? up + i : u);
-        const vf y = a / (two_to_the(a * -LOG2E) + 1.f) * b;
+        const vf y = a / (bounded_power_of_two(a * -LOG2E) + 1.f) * b;
         if (whole)
             store(out + i, y);
         else
@@ -608,8 +608,8 @@ void biased(float *x, int64_t stride, int64_t rows, int64_t count, const float *
 
 namespace lk {
 extern const Isa LK_ISA;
-const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, QUAD_ROWS, HALF_QUAD_ROWS, prepare, products, turn, gelu, swiglu, attend, to_float,
-                    from_float, layer_norm, biased, LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
+const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, QUAD_ROWS, HALF_QUAD_ROWS, prepare, products, turn,
+                    gelu, swiglu, attend, to_float, from_float, layer_norm, biased, LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
                     LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
                     LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward, draw, likeliest,
                     LK_INNER::across, LK_INNER::down, LK_INNER::normalise};

@@ -157,7 +157,7 @@ void tiles_of(const lk_weight &weight, const lk::Panel &panel, int64_t first_row
                                  found[0][0], from > 0, apart == 1);
     };
     const int64_t run = panel.rows > STREAMED_ROWS ? 0 : count / SIDE;
-    if (run) in_streams<R>(multiply, run, width, rows, out, stride, add);
+    in_streams<R>(multiply, run, width, rows, out, stride, add);
     in_pieces<R, GROUP>(multiply, run * SIDE, count, width, PIECE, rows, out, stride, add);
 }
 

@@ -50,10 +50,8 @@ INLINE void store(void *to, V v) {
 INLINE vf all(float x) { return x - vf{}; } // what is added to 0 may be -0, and is no copy
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 INLINE vf magnitude(vf a) { return (vf)((vu)a & 0x7fffffffu); }
-INLINE vf nearest(vf a) { // below 2^22: adding 1.5 * 2^23 rounds to an integer
-    const float shift = 12582912.f;
-    return (a + shift) - shift;
-}
+constexpr float ROUNDING = 12582912.f; // 1.5 * 2^23: added to a number below 2^22 and taken off again it rounds
+INLINE vf nearest(vf a) { return (a + ROUNDING) - ROUNDING; }
 
 // bfloat16 is the upper half of a float.
 INLINE float from_bf16(uint16_t h) {
@@ -125,24 +123,25 @@ INLINE float largest(vf v) {
     return a > b ? a : b;
 }
 
-// e^x to 2 units in the last place; below -87.3 it is 0.
-INLINE vf exponential(vf x) {
-    const float shift = 12582912.f; // 1.5 * 2^23: adding it rounds to an integer
-    vf bounded = x < -87.3f ? all(-87.3f) : x;
-    bounded = bounded > 88.f ? all(88.f) : bounded;
-    vf turned = bounded * 1.44269504f + shift;
-    vf n = turned - shift;
-    vf r = bounded - n * 0.693145752f;
-    r = r - n * 1.42860677e-6f;
+// e^r 2^n for a small r; n as it is after ROUNDING was added.
+INLINE vf raised(vf r, vf n) {
     vf p = r * 0.00138888889f + 0.00833333333f;
     p = p * r + 0.0416666667f;
     p = p * r + 0.166666667f;
     p = p * r + 0.5f;
     p = p * r + 1.f;
     p = p * r + 1.f;
-    vi exponent = ((vi)turned - (vi)all(shift) + 127) << 23;
-    vf y = p * (vf)exponent;
-    return x < -87.3f ? all(0.f) : y;
+    return p * (vf)(((vi)n - (vi)all(ROUNDING) + 127) << 23);
+}
+
+// e^x to 2 units in the last place; below -87.3 it is 0.
+INLINE vf exponential(vf x) {
+    vf bounded = x < -87.3f ? all(-87.3f) : x;
+    bounded = bounded > 88.f ? all(88.f) : bounded;
+    const vf turned = bounded * 1.44269504f + ROUNDING, n = turned - ROUNDING;
+    vf r = bounded - n * 0.693145752f;
+    r = r - n * 1.42860677e-6f;
+    return x < -87.3f ? all(0.f) : raised(r, turned);
 }
 
 // The share of the normal distribution below y, to 1 in a million (5 where it is very small): erfc by Numerical Recipes'
@@ -157,39 +156,16 @@ INLINE vf normal_below(vf y) {
     return y < 0.f ? above : 1.f - above;
 }
 
-// 2^x to 2 units in the last place; below -126 it is 0.
-INLINE vf power_of_two(vf x) {
-    const float shift = 12582912.f; // 1.5 * 2^23: adding it rounds to an integer
+// 2^x to 2 units in the last place; below -126 it is 2^-126, which is enough where 1 is added.
+INLINE vf bounded_power_of_two(vf x) {
     vf bounded = x < -126.f ? all(-126.f) : x;
     bounded = bounded > 127.f ? all(127.f) : bounded;
-    vf turned = bounded + shift;
-    vf r = (bounded - (turned - shift)) * 0.693147181f; // within -0.35 and 0.35
-    vf p = r * 0.00138888889f + 0.00833333333f;
-    p = p * r + 0.0416666667f;
-    p = p * r + 0.166666667f;
-    p = p * r + 0.5f;
-    p = p * r + 1.f;
-    p = p * r + 1.f;
-    vi exponent = ((vi)turned - (vi)all(shift) + 127) << 23;
-    vf y = p * (vf)exponent;
-    return x < -126.f ? all(0.f) : y;
+    const vf turned = bounded + ROUNDING;
+    return raised((bounded - (turned - ROUNDING)) * 0.693147181f, turned); // of e^r r is within -0.35 and 0.35
 }
 
-// 2^x to 2 units in the last place within -126 and 126, beyond which it is that of these: for a sum with 1.
-INLINE vf two_to_the(vf x) {
-    const float shift = 12582912.f;
-    vf bounded = larger(x, all(-126.f));
-    bounded = bounded < 126.f ? bounded : all(126.f);
-    const vf turned = bounded + shift;
-    const vf r = bounded - (turned - shift); // within -0.5 and 0.5
-    vf p = r * 0.000154035304f + 0.00133335581f;
-    p = p * r + 0.00961812911f;
-    p = p * r + 0.0555041087f;
-    p = p * r + 0.240226507f;
-    p = p * r + 0.693147181f;
-    p = p * r + 1.f;
-    return (vf)((vi)p + ((vi)turned << 23)); // what `shift` adds is shifted out
-}
+// The same; below -126 it is 0.
+INLINE vf power_of_two(vf x) { return x < -126.f ? all(0.f) : bounded_power_of_two(x); }
 
 // sums + products of neighbouring 16-bit lanes, added in pairs (which pairs meet in which lane does not matter).
 INLINE i8 multiply_add(i8 total, h16 a, h16 b) {
