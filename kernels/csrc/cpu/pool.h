@@ -3,8 +3,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <thread>
-#include <vector>
 
 namespace lk {
 
@@ -16,21 +16,30 @@ class Pool {
 
     explicit Pool(int threads);
     ~Pool();
-    int threads() const { return (int)helpers.size() + 1; }
+    int threads() const { return count + 1; }
 
-    // task(context, i, thread) for every i < count, on whichever thread; returns when all are done.
-    void run(int64_t count, Task task, void *context);
+    // task(context, i, thread) for every i < tasks, on whichever thread; returns when all are done.
+    void run(int64_t tasks, Task task, void *context);
     template <class F>
-    void each(int64_t count, F &&f) {
-        run(count, [](void *context, int64_t i, int thread) { (*static_cast<F *>(context))(i, thread); }, &f);
+    void each(int64_t tasks, F &&f) {
+        run(tasks, [](void *context, int64_t i, int thread) { (*static_cast<F *>(context))(i, thread); }, &f);
     }
 
   private:
+    struct Helper {
+        std::thread thread;
+        std::atomic<uint32_t> naps{0}; // one more when it falls asleep and when it wakes: odd while it sleeps
+        uint32_t called_in = 0;        // the nap in which it was last called
+        bool pushed = false;           // in that nap
+    };
+    void close();
     void help(int thread);
     bool take(uint64_t seen, int thread);
+    void wake();
 
     const int owner; // the process that has the helpers
-    std::vector<std::thread> helpers;
+    const int count; // of helpers
+    const std::unique_ptr<Helper[]> helpers;
     // The job's number in the upper half, how many tasks nobody has taken in the lower. Taking one is a single exchange,
     // which fails if the job has changed since.
     alignas(64) std::atomic<uint64_t> ticket{0};
