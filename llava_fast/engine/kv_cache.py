@@ -65,7 +65,7 @@ def _free_bytes(device: torch.device) -> int:
 def _large_pages(count: int) -> mmap.mmap:
     """Zeros, in pages of 2 MiB where Linux has them: small ones take four times as long to be handed out."""
     try:
-        pages = mmap.mmap(-1, count)
+        pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones are seldom large
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"{count} bytes for the key-value cache cannot be had ({error}); lower kv_cache_bytes"

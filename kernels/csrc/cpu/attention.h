@@ -11,37 +11,25 @@ namespace {
 using lk::Attention;
 
 constexpr int64_t MANY_QUERIES = 8; // of one head of keys, for which these are turned
-constexpr int64_t TOKENS = 16;      // keys that meet few queries at a time
-constexpr int64_t RUN = 2 * L;      // dimensions likewise
+constexpr int64_t TOKENS = 16;      // keys that few queries weigh at a time
+constexpr int64_t STEP = L == 16 ? 8 : 4; // those of one head that they meet at a time: their sums fill registers
+constexpr int64_t RUN = 2 * L;      // dimensions that they meet at a time
+constexpr int64_t LEAD = 12 << 10;  // bytes that the cache is asked for ahead of its use
 
 // Where the tokens of a tile lie in the cache, in elements.
 struct Tile {
     int64_t begin, count;
     int64_t at[lk::KEY_TILE];
-    bool in_one_piece; // each token_stride behind the one before: the engine hands out blocks that follow one another
 };
 
 Tile tile_at(const Attention &task, int64_t begin, int64_t count) {
-    Tile tile = {begin, count, {}, true};
+    Tile tile = {begin, count, {}};
     int64_t block = begin / task.block_size, inside = begin % task.block_size;
     for (int64_t t = 0; t < count; t++, inside++) {
         if (inside == task.block_size) block++, inside = 0;
         tile.at[t] = task.table[block] * task.block_stride + inside * task.token_stride;
-        tile.in_one_piece &= t == 0 || tile.at[t] == tile.at[t - 1] + task.token_stride;
     }
     return tile;
-}
-
-// Reads a tile's keys, or values, of all heads, which lie side by side, from front to back in four streams: then memory is
-// as fast as the processor's own look-ahead makes it. Read head by head it would be half as fast, and no faster if lines
-// were asked for one by one, during the tile before either, of which a core has few under way at a time.
-void bring(const Attention &task, const Tile &tile, const void *from) {
-    const int64_t size = task.cache_dtype == LK_FLOAT32 ? 4 : 2, bytes = task.kv_heads * task.head_stride * size;
-    const int64_t quarter = (tile.count + 3) / 4;
-    for (int64_t t = 0; t < quarter; t++)
-        for (int64_t i = 0; i < bytes; i += 64)
-            for (int64_t part = 0; part < 4; part++)
-                (void)*((const volatile char *)from + tile.at[least(part * quarter + t, tile.count - 1)] * size + i);
 }
 
 // Row i of queries, head by head, in a matrix of tokens `stride` apart.
@@ -111,50 +99,49 @@ INLINE Run run_of(const uint16_t *from) {
     return {(vf)(words << 16), (vf)(words & 0xffff0000u)};
 }
 
-// {sum a, sum b, sum c, sum d} of sixteen vectors
-INLINE void put_sums(const vf (&v)[TOKENS], float *out) {
+// Four vectors on the way to {sum a, sum b, sum c, sum d}.
 #if LK_LANES == 16
-    vf four[4];
-    for (int i = 0; i < 4; i++) { // within quarters of a vector, then across them
-        const vf *x = v + 4 * i;
-        const vf ab = __builtin_shufflevector(x[0], x[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-                      __builtin_shufflevector(x[0], x[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-        const vf cd = __builtin_shufflevector(x[2], x[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-                      __builtin_shufflevector(x[2], x[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-        four[i] = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                  __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
+typedef vf Four; // {sum a, ... sum d} of each quarter
+INLINE Four four_of(const vf *x) {
+    const vf ab = __builtin_shufflevector(x[0], x[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                  __builtin_shufflevector(x[0], x[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    const vf cd = __builtin_shufflevector(x[2], x[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                  __builtin_shufflevector(x[2], x[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    return __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+INLINE void put_sums(const Four (&four)[TOKENS / 4], float *out) {
     auto quarters = [](vf a, vf b) {
         return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
                __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     };
     store(out, quarters(quarters(four[0], four[1]), quarters(four[2], four[3])));
-#else
-    for (int i = 0; i < TOKENS; i += 4)
-        store(out + i, sums(halved(v[i]), halved(v[i + 1]), halved(v[i + 2]), halved(v[i + 3])));
-#endif
 }
+#else
+typedef f4 Four;
+INLINE Four four_of(const vf *x) { return sums(halved(x[0]), halved(x[1]), halved(x[2]), halved(x[3])); }
+INLINE void put_sums(const Four (&four)[TOKENS / 4], float *out) { memcpy(out, four, sizeof four); }
+#endif
 
-// Products of R rows of q with the keys of a tile.
+// Products of R rows of q with some keys.
 template <int R, class E>
-INLINE void scores(const float *q, const E *keys, int64_t stride, int64_t width, float *out) {
-    vf total[R][TOKENS];
-    for (int t = 0; t < TOKENS; t += 4) {
-        vf even[R][4] = {}, odd[R][4] = {};
-        for (int64_t d = 0; d < width; d += RUN)
-            for (int i = 0; i < 4; i++) {
-                const Run key = run_of(keys + (t + i) * stride + d);
-                for (int r = 0; r < R; r++) {
-                    const float *query = q + r * width + d;
-                    vf &second = R == 1 ? odd[r][i] : even[r][i]; // few sums would wait for themselves
-                    even[r][i] += key.even * load<vf>(query);
-                    second += key.odd * load<vf>(query + L);
-                }
+INLINE void scores(const float *q, const E *const (&keys)[STEP], int64_t width, Four (*out)[TOKENS / 4], int64_t at) {
+    constexpr bool FEW = R * STEP < 8; // sums, which would wait for themselves
+    vf even[R][STEP] = {}, odd[R][STEP] = {};
+    for (int64_t d = 0; d < width; d += RUN)
+        for (int i = 0; i < STEP; i++) {
+            const Run key = run_of(keys[i] + d);
+            for (int r = 0; r < R; r++) {
+                const float *query = q + r * width + d;
+                vf &second = FEW ? odd[r][i] : even[r][i];
+                even[r][i] += key.even * load<vf>(query);
+                second += key.odd * load<vf>(query + L);
             }
-        for (int r = 0; r < R; r++)
-            for (int i = 0; i < 4; i++) total[r][t + i] = R == 1 ? even[r][i] + odd[r][i] : even[r][i];
+        }
+    for (int r = 0; r < R; r++) {
+        for (int i = 0; i < STEP && FEW; i++) even[r][i] += odd[r][i];
+        for (int i = 0; i < STEP / 4; i++) out[r][at + i] = four_of(even[r] + 4 * i);
     }
-    for (int r = 0; r < R; r++) put_sums(total[r], out + r * TOKENS);
 }
 
 struct Weighed { // what a query has come to so far
@@ -179,16 +166,16 @@ INLINE void soften(float *s, int64_t seen, float factor, int64_t width, Weighed 
     }
 }
 
-// Adds to R rows of `out`, from `d` on, what a tile's values weigh, V runs of dimensions at a time; returns how far it came.
+// Adds to R rows of `out`, from `d` on, what some values weigh, V runs of dimensions at a time; returns how far it came.
 template <int R, int V, class E>
-INLINE int64_t weigh(const float *weight, const E *values, int64_t stride, int64_t d, int64_t width, float *out) {
+INLINE int64_t weigh(const float *weight, const E *const (&values)[STEP], int64_t d, int64_t width, float *out) {
     for (; d + V * RUN <= width; d += V * RUN) {
         Run total[R][V];
         for (int r = 0; r < R; r++)
             for (int i = 0; i < V; i++) total[r][i] = run_of(out + r * width + d + i * RUN);
-        for (int64_t t = 0; t < TOKENS; t++)
+        for (int64_t t = 0; t < STEP; t++)
             for (int i = 0; i < V; i++) {
-                const Run value = run_of(values + t * stride + d + i * RUN);
+                const Run value = run_of(values[t] + d + i * RUN);
                 for (int r = 0; r < R; r++) {
                     const float one = weight[r * TOKENS + t];
                     total[r][i].even += value.even * one, total[r][i].odd += value.odd * one;
@@ -203,18 +190,16 @@ INLINE int64_t weigh(const float *weight, const E *values, int64_t stride, int64
     return d;
 }
 
-// One head's keys or values of a tile: where they lie if they are all there, side by side.
+// One head's keys or values of some tokens: where they lie, or a copy with zeros up to `width`.
 template <class E>
-INLINE const E *rows_of(const Attention &task, const Tile &tile, const void *cache, int64_t head, int64_t width, E *copy,
-                        int64_t *stride) {
-    const E *from = (const E *)cache + head * task.head_stride;
-    *stride = task.token_stride;
-    if (tile.count == TOKENS && tile.in_one_piece && width == task.head_dim) return from + tile.at[0];
-    *stride = width;
-    memset(copy, 0, (size_t)(TOKENS * width) * sizeof(E));
-    for (int64_t t = 0; t < tile.count; t++)
-        memcpy(copy + t * width, from + tile.at[t], (size_t)task.head_dim * sizeof(E));
-    return copy;
+INLINE void rows_of(const Attention &task, const int64_t *at, const void *cache, int64_t head, int64_t width, E *copy,
+                    const E *(&rows)[STEP]) {
+    for (int64_t i = 0; i < STEP; i++) {
+        rows[i] = (const E *)cache + head * task.head_stride + at[i];
+        if (width == task.head_dim) continue;
+        memcpy(copy + i * width, rows[i], (size_t)task.head_dim * sizeof(E));
+        rows[i] = copy + i * width;
+    }
 }
 
 // The same order for a row of `dim` floats that meet such rows, and back.
@@ -240,43 +225,89 @@ INLINE void from_runs(const float *x, float factor, int64_t dim, int64_t width, 
     memcpy(out, row, (size_t)dim * sizeof(float));
 }
 
+// Asks for a task's part of the cache in the order in which it lies there, token by token all keys and all values: that way
+// a core gets half as much again out of memory as in the order in which heads meet them, and twice as much as in several
+// streams side by side.
+template <class E>
+struct LookAhead {
+    const Attention &task;
+    int64_t row = 0; // bytes of a token's keys, and of its values, where the heads' lie side by side
+    int64_t token;
+    bool values = true;
+    const char *from = nullptr, *end = nullptr;
+
+    INLINE explicit LookAhead(const Attention &task) : task(task), token(task.begin - 1) {
+        if (task.kv_heads > 1 && task.head_stride * task.kv_heads > task.token_stride) {
+            token = task.end;
+            return;
+        }
+        row = ((task.kv_heads - 1) * task.head_stride + task.head_dim) * (int64_t)sizeof(E);
+        next_row();
+    }
+    INLINE void next_row() {
+        values = !values, token += !values;
+        if (token >= task.end) return;
+        const int64_t block = task.table[token / task.block_size], inside = token % task.block_size;
+        from = (const char *)((const E *)(values ? task.v : task.k) + block * task.block_stride + inside * task.token_stride);
+        end = from + row;
+    }
+    INLINE void ask(int64_t lines) {
+        while (lines > 0 && token < task.end) {
+            const int64_t some = least(lines, (end - from + 63) / 64);
+            for (int64_t i = 0; i < some; i++) __builtin_prefetch(from + 64 * i);
+            from += 64 * some, lines -= some;
+            if (from >= end) next_row();
+        }
+    }
+};
+
 template <class E>
 void attend_few(const Attention &task, float *scratch) {
     const int64_t dim = task.head_dim, width = (dim + RUN - 1) / RUN * RUN, heads = task.kv_heads, rows = task.rows;
     const float factor = LOG2E / __builtin_sqrtf((float)dim); // scores are kept in units of log 2
     float *q = scratch, *out = q + lk::MAX_QUERIES * lk::MAX_HEAD_DIM; // (heads, rows, width) both
-    E *copy = (E *)(out + lk::MAX_QUERIES * lk::MAX_HEAD_DIM);
+    E *copy = (E *)(out + lk::MAX_QUERIES * lk::MAX_HEAD_DIM); // (STEP, width)
     alignas(64) float score[lk::MAX_QUERIES * TOKENS];
+    Four found[lk::MAX_QUERIES][TOKENS / 4] = {};
     Weighed queries[lk::MAX_QUERIES];
     for (int64_t i = 0; i < heads * rows; i++) into_runs<E>(query_of(task, i, task.q, task.q_stride), dim, width, q + i * width);
     memset(out, 0, (size_t)(heads * rows * width) * sizeof(float));
+    memset(copy, 0, (size_t)(STEP * width) * sizeof(E));
+    LookAhead<E> ahead(task);
+    const int64_t lines = (STEP * ahead.row / heads + 63) / 64; // that are used between two looks
+    ahead.ask((TOKENS * ahead.row + LEAD) / 64); // half a tile more: all its keys are used before the first of its values
     for (int64_t begin = task.begin; begin < task.end; begin += TOKENS) {
-        const Tile tile = tile_at(task, begin, least(TOKENS, task.end - begin));
-        int64_t stride;
-        if (heads > 1) bring(task, tile, task.k);
-        for (int64_t head = 0; head < heads; head++) {
-            const E *keys = rows_of(task, tile, task.k, head, width, copy, &stride);
-            int64_t i = head * rows;
-            for (; i + 2 <= (head + 1) * rows; i += 2) scores<2>(q + i * width, keys, stride, width, score + i * TOKENS);
-            if (i < (head + 1) * rows) scores<1>(q + i * width, keys, stride, width, score + i * TOKENS);
-        }
+        const int64_t count = least(TOKENS, task.end - begin);
+        Tile tile = tile_at(task, begin, count);
+        for (int64_t t = count; t % STEP; t++) tile.at[t] = tile.at[count - 1]; // it is read again, and weighs nothing
+        const E *row[STEP];
+        for (int64_t t = 0; t < count; t += STEP)
+            for (int64_t head = 0; head < heads; head++) {
+                ahead.ask(lines);
+                rows_of(task, tile.at + t, task.k, head, width, copy, row);
+                int64_t i = head * rows;
+                for (; i + 2 <= (head + 1) * rows; i += 2) scores<2>(q + i * width, row, width, found + i, t / 4);
+                if (i < (head + 1) * rows) scores<1>(q + i * width, row, width, found + i, t / 4);
+            }
         for (int64_t i = 0; i < heads * rows; i++) {
-            const int64_t row = rows == 1 ? 0 : i % rows;
-            const int64_t seen = least(task.first + row / task.group + 1 - begin, tile.count); // may be none
+            const int64_t query = rows == 1 ? 0 : i % rows / task.group;
+            const int64_t seen = least(task.first + query + 1 - begin, count); // may be none
+            put_sums(found[i], score + i * TOKENS);
             soften(score + i * TOKENS, seen, factor, width, queries[i], out + i * width);
         }
-        if (heads > 1) bring(task, tile, task.v);
-        for (int64_t head = 0; head < heads; head++) {
-            const E *values = rows_of(task, tile, task.v, head, width, copy, &stride);
-            int64_t i = head * rows;
-            for (; i + 4 <= (head + 1) * rows; i += 4)
-                weigh<4, 1>(score + i * TOKENS, values, stride, 0, width, out + i * width);
-            for (; i < (head + 1) * rows; i++) {
-                int64_t d = weigh<1, 4>(score + i * TOKENS, values, stride, 0, width, out + i * width);
-                d = weigh<1, 2>(score + i * TOKENS, values, stride, d, width, out + i * width);
-                weigh<1, 1>(score + i * TOKENS, values, stride, d, width, out + i * width);
+        for (int64_t t = 0; t < count; t += STEP)
+            for (int64_t head = 0; head < heads; head++) {
+                ahead.ask(lines);
+                rows_of(task, tile.at + t, task.v, head, width, copy, row);
+                const float *weight = score + t;
+                int64_t i = head * rows;
+                for (; i + 4 <= (head + 1) * rows; i += 4) weigh<4, 1>(weight + i * TOKENS, row, 0, width, out + i * width);
+                for (; i < (head + 1) * rows; i++) {
+                    int64_t d = weigh<1, 4>(weight + i * TOKENS, row, 0, width, out + i * width);
+                    d = weigh<1, 2>(weight + i * TOKENS, row, d, width, out + i * width);
+                    weigh<1, 1>(weight + i * TOKENS, row, d, width, out + i * width);
+                }
             }
-        }
     }
     for (int64_t i = 0; i < heads * rows; i++) {
         const float total = sum(queries[i].total);
