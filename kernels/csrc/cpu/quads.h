@@ -160,11 +160,10 @@ void quads_of(const lk_weight &weight, const lk::Panel &panel, int64_t row, int6
     constexpr int64_t GROUP = 4 * SIDE, STREAMED_ROWS = 2 * SIDE, PIECE = 384;
     auto multiply = [&](int64_t n, int64_t apart, int64_t features, int64_t from, int64_t to, float (*found)[SIDE][SIDE]) {
         multiply_quads<BITS, R>(weight, first + n, apart, features, panel, row, from, to, found[0][0]);
-        if (to == panel.stride) scale_rows<R>(weight.scale + first + n, apart, features, found);
     };
     const int64_t run = panel.rows > STREAMED_ROWS ? 0 : count / SIDE;
-    in_streams<R>(multiply, run, panel.stride, rows, out, stride, add);
-    in_pieces<R, GROUP>(multiply, run * SIDE, count, panel.stride, PIECE, rows, out, stride, add);
+    in_streams<R>(multiply, run, panel.stride, rows, weight.scale + first, out, stride, add);
+    in_pieces<R, GROUP>(multiply, run * SIDE, count, panel.stride, PIECE, rows, weight.scale + first, out, stride, add);
 }
 
 void quad_products(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,

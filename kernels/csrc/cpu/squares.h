@@ -38,39 +38,35 @@ INLINE void transpose(vf (&v)[SIDE]) {
     }
 }
 
-// A square (features, activations) to where it belongs: (activations, features).
-INLINE void put_square(const float *square, int64_t apart, float *out, int64_t stride, int64_t rows, int64_t features, bool add) {
+// A square (features, activations), times the features' scales if there are any, to where it belongs: (activations, features).
+INLINE void put_square(const float *square, int64_t apart, const float *scale, float *out, int64_t stride, int64_t rows,
+                       int64_t features, bool add) {
     vf v[SIDE];
     for (int64_t i = 0; i < SIDE; i++) v[i] = load<vf>(square + i * apart);
     transpose(v);
     const __mmask16 there = (__mmask16)((1u << features) - 1);
+    const __m512 factor = scale ? _mm512_maskz_loadu_ps(there, scale) : _mm512_set1_ps(1.f);
     for (int64_t m = 0; m < SIDE; m++) {
         if (m == rows) return;
         float *to = out + m * stride;
-        const __m512 sum = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(there, to), (__m512)v[m]) : (__m512)v[m];
-        _mm512_mask_storeu_ps(to, there, sum);
+        const __m512 before = add ? _mm512_maskz_loadu_ps(there, to) : _mm512_setzero_ps();
+        _mm512_mask_storeu_ps(to, there, _mm512_fmadd_ps((__m512)v[m], factor, before));
     }
-}
-
-// Products of a feature become what they are with its scale.
-template <int R>
-INLINE void scale_rows(const float *scale, int64_t apart, int64_t features, float (*found)[SIDE][SIDE]) {
-    for (int64_t i = 0; i < features; i++)
-        for (int r = 0; r < R; r++) store(found[r][i], load<vf>(found[r][i]) * scale[i * apart]);
 }
 
 // The first SIDE * run features: SIDE that lie `run` apart meet the activations at a time, then their neighbours. Each is the
 // head of a stream of rows that the processor sees ahead in; a square of neighbours would have streams as short as a row.
 template <int R, class F>
-INLINE void in_streams(F &&multiply, int64_t run, int64_t depth, int64_t rows, float *out, int64_t stride, bool add) {
+INLINE void in_streams(F &&multiply, int64_t run, int64_t depth, int64_t rows, const float *scale, float *out,
+                       int64_t stride, bool add) {
     alignas(64) float found[SIDE][R][SIDE][SIDE]; // (neighbours, rows' squares, streams, rows)
     for (int64_t first = 0; first < run; first += SIDE) {
         const int64_t some = least(SIDE, run - first);
         for (int64_t n = 0; n < some; n++) multiply(first + n, run, SIDE, 0, depth, found[n]);
         for (int64_t i = 0; i < SIDE; i++)
             for (int r = 0; r < R; r++)
-                put_square(found[0][r][i], R * SIDE * SIDE, out + i * run + first + r * SIDE * stride, stride,
-                           least(SIDE, rows - r * SIDE), some, add);
+                put_square(found[0][r][i], R * SIDE * SIDE, scale ? scale + i * run + first : nullptr,
+                           out + i * run + first + r * SIDE * stride, stride, least(SIDE, rows - r * SIDE), some, add);
     }
 }
 
@@ -78,8 +74,8 @@ INLINE void in_streams(F &&multiply, int64_t run, int64_t depth, int64_t rows, f
 // features pass by. For many activations, to whom the weights are near after the first of them, or where what comes next is
 // asked for in time.
 template <int R, int64_t GROUP, class F>
-INLINE void in_pieces(F &&multiply, int64_t begin, int64_t end, int64_t depth, int64_t piece, int64_t rows, float *out,
-                      int64_t stride, bool add) {
+INLINE void in_pieces(F &&multiply, int64_t begin, int64_t end, int64_t depth, int64_t piece, int64_t rows,
+                      const float *scale, float *out, int64_t stride, bool add) {
     alignas(64) float found[GROUP / SIDE][R][SIDE][SIDE];
     for (int64_t first = begin; first < end; first += GROUP) {
         const int64_t last = least(first + GROUP, end);
@@ -88,8 +84,8 @@ INLINE void in_pieces(F &&multiply, int64_t begin, int64_t end, int64_t depth, i
                 multiply(n, 1, least(SIDE, last - n), k, least(k + piece, depth), found[(n - first) / SIDE]);
         for (int64_t n = first; n < last; n += SIDE)
             for (int r = 0; r < R; r++)
-                put_square(found[(n - first) / SIDE][r][0], SIDE, out + n + r * SIDE * stride, stride,
-                           least(SIDE, rows - r * SIDE), least(SIDE, last - n), add);
+                put_square(found[(n - first) / SIDE][r][0], SIDE, scale ? scale + n : nullptr, out + n + r * SIDE * stride,
+                           stride, least(SIDE, rows - r * SIDE), least(SIDE, last - n), add);
     }
 }
 #endif

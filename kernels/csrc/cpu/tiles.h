@@ -126,7 +126,6 @@ void multiply_coded(const lk_weight &weight, int64_t first, int64_t apart, int64
             }
         }
     }
-    scale_rows<R>(weight.scale + first, apart, features, sum);
 }
 
 template <int BITS, int R, bool SHORT>
@@ -136,8 +135,8 @@ void coded_tiles_of(const lk_weight &weight, const lk::Panel &panel, int64_t row
         multiply_coded<BITS, R, SHORT>(weight, first + n, apart, features, panel, row, found);
     };
     const int64_t run = count / SIDE;
-    in_streams<R>(multiply, run, panel.stride, rows, out, stride, add);
-    in_pieces<R, SIDE>(multiply, run * SIDE, count, panel.stride, panel.stride, rows, out, stride, add);
+    in_streams<R>(multiply, run, panel.stride, rows, weight.scale + first, out, stride, add);
+    in_pieces<R, SIDE>(multiply, run * SIDE, count, panel.stride, panel.stride, rows, weight.scale + first, out, stride, add);
 }
 
 // ---- all formats
@@ -157,8 +156,8 @@ void tiles_of(const lk_weight &weight, const lk::Panel &panel, int64_t first_row
                                  found[0][0], from > 0, apart == 1);
     };
     const int64_t run = panel.rows > STREAMED_ROWS ? 0 : count / SIDE;
-    in_streams<R>(multiply, run, width, rows, out, stride, add);
-    in_pieces<R, GROUP>(multiply, run * SIDE, count, width, PIECE, rows, out, stride, add);
+    in_streams<R>(multiply, run, width, rows, nullptr, out, stride, add);
+    in_pieces<R, GROUP>(multiply, run * SIDE, count, width, PIECE, rows, nullptr, out, stride, add);
 }
 
 void tile_products(const lk_weight &weight, const lk::Panel &panel, int64_t first_row, int64_t rows, int64_t first,
