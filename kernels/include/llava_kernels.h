@@ -147,8 +147,8 @@ LK_API lk_status lk_paged_attention(lk_handle *handle, const lk_paged_attention_
 /* Threads that a call may use, the caller's among them; 1 to begin with. They sleep when no call comes for
  * 60 us, or for 500 us where the call before came as soon. */
 LK_API lk_status lk_set_threads(lk_handle *handle, int threads);
-/* "portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx" or "neon": LK_UNSUPPORTED where the processor or the build
- * lacks it. To begin with, and with NULL, the best there is. */
+/* "portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx" or "neon": LK_UNSUPPORTED where the processor or
+ * the build lacks it. To begin with, and with NULL, the best there is. */
 LK_API lk_status lk_set_instructions(lk_handle *handle, const char *name);
 LK_API const char *lk_instructions(const lk_handle *handle);
 
@@ -217,8 +217,8 @@ typedef struct lk_decoder_args {
     const float *screen_error;   /* (vocabulary,): no logit is further than this, times the normed hidden state's norm in
                                   * l2, from what the screen and the activations' 16 bits make of it */
     int activation_bits;         /* 8: activations that meet weights of 8 and 4 bits are rounded to 8 bits for each 64 values,
-                                  * where that is faster ("avx512vnni" and "avx512bf16", from six or eight rows on);
-                                  * 0 or 16: never */
+                                  * where that is faster ("avxvnni" from five rows on, "avx512vnni" and "avx512bf16" from
+                                  * six or eight); 0 or 16: never */
 } lk_decoder_args;
 typedef struct lk_decoder lk_decoder;
 

@@ -179,7 +179,7 @@ class Handle:
 
     Args:
         threads: that a call may use; None: as many as torch uses, but no more than this process has processors.
-        instructions: "portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx" or "neon"; None: the
+        instructions: "portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx" or "neon"; None: the
             best there is.
 
     Raises:

@@ -16,7 +16,7 @@ from llava_kernels import (
 )
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="libllava_kernels was not built")
-INSTRUCTIONS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx", "neon")
+INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "neon")
 SHAPES = [(1, 1), (5, 7), (13, 33), (50, 128), (97, 300), (128, 384)]  # (N, K)
 
 

@@ -22,7 +22,7 @@ enum Layout {
     SIDE_BY_SIDE, // (rows / lanes, K, lanes)
     IN_TILES,     // bfloat16, (rows / 16, K / 2, 16, 2): what tiles of weights meet
     IN_PAIRS,     // bfloat16, (rows, K): pairs of neighbours meet pairs of a weight
-    IN_QUADS,     // 8 bits, (rows / 16, K / 4, 16, 4): quads of values meet quads of a weight's codes
+    IN_QUADS,     // 8 bits, (rows / lanes, K / 4, lanes, 4): quads of values meet quads of a weight's codes
 };
 
 // Activations as the weight's format wants them: (rows, K) prepared once, read by every output feature.
@@ -40,13 +40,13 @@ struct Panel {
         int16_t *codes; // quantised weights: value = scale * code, those of a group in the order of the weight's words
         int8_t *bytes;  // the same, IN_QUADS
     };
-    float *scale;       // (rows, groups); IN_QUADS: (rows / 16, groups, 16)
+    float *scale;       // (rows, groups); IN_QUADS: (rows / lanes, groups, lanes)
     union {
         float *total;    // (rows, totals) sum of a group's values; for int8 the first is that of the whole row;
-                         // IN_TILES and IN_QUADS: (rows / 16, groups, 16), for int4 alone
+                         // IN_TILES and IN_QUADS: (rows / lanes, groups, lanes), for int4 alone
         int32_t *excess; // IN_QUADS for int8: as total, what makes up for codes that are 128 too large
     };
-    bool in_squares() const { return layout == IN_TILES || layout == IN_QUADS; } // of 16 rows
+    bool in_squares() const { return layout == IN_TILES || layout == IN_QUADS; } // of as many rows as there are lanes
 };
 
 // What is made into a panel: rows of x, normalised first where `norm` is given.
@@ -234,7 +234,7 @@ constexpr int64_t attention_partial(int64_t head_dim) { return head_dim + 2; }
 // Floats of scratch memory that attend needs.
 constexpr int64_t ATTEND_SCRATCH = 2 * KEY_TILE * MAX_HEAD_DIM + PROMPT_QUERIES * (KEY_TILE + 2 * MAX_HEAD_DIM);
 
-extern const Isa portable, avx2, avx512, avx512vnni, avx512bf16, amx, neon; // those that the library was built with
+extern const Isa portable, avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx, neon; // those that the library was built with
 
 // The best that this processor runs, or the one called `name`; NULL where there is none of that name, or it does not run.
 const Isa *find_isa(const char *name);

@@ -2,6 +2,9 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(LK_HAVE_AVXVNNI)
+#include <cpuid.h>
+#endif
 #if defined(LK_HAVE_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -21,6 +24,9 @@ static const Isa *const built[] = {
     &avx512bf16,
 #endif
     &avx512vnni, &avx512,
+#endif
+#if defined(LK_HAVE_AVXVNNI)
+    &avxvnni,
 #endif
 #if defined(LK_HAVE_X86)
     &avx2,
@@ -49,6 +55,12 @@ static bool runs(const Isa *isa) {
     __builtin_cpu_init();
     const bool floor = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == &avx2) return floor;
+#if defined(LK_HAVE_AVXVNNI)
+    if (isa == &avxvnni) { // older compilers do not ask for it by name
+        unsigned a, b, c, d;
+        return floor && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+    }
+#endif
 #if defined(LK_HAVE_AVX512)
     const bool wide = floor && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -104,7 +116,7 @@ const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, 
         cpu.isa->prepare(weight, source, 0, rows, panel);
         return panel;
     }
-    const int64_t unit = panel.in_squares() ? 16 : panel.layout == SIDE_BY_SIDE ? cpu.isa->lanes : 1;
+    const int64_t unit = panel.in_squares() || panel.layout == SIDE_BY_SIDE ? cpu.isa->lanes : 1;
     const int64_t part = cdiv(cdiv(rows, 4 * cpu.pool->threads()), unit) * unit;
     cpu.pool->each(cdiv(rows, part), [&](int64_t i, int) {
         cpu.isa->prepare(weight, source, i * part, (i + 1) * part < rows ? (i + 1) * part : rows, panel);

@@ -1,5 +1,5 @@
-// Weights of 8 and 4 bits that meet many activations rounded to 8 bits, by the integer products of AVX-512-VNNI: a vector
-// holds four values of K of each of 16 activations, and meets the same four codes of a feature in all lanes. Codes are
+// Weights of 8 and 4 bits that meet many activations rounded to 8 bits, by the integer products of AVX-512-VNNI or AVX-VNNI: a
+// vector holds four values of K of each of 16 or 8 activations, and meets the same four codes of a feature in all lanes. Codes are
 // multiplied as they lie: the activations' values are put in the order of the weight's bytes (IN_QUADS).
 #pragma once
 
@@ -11,9 +11,9 @@
 
 namespace {
 
-#if defined(__AVX512VNNI__) && !defined(__AMX_BF16__) // AMX multiplies more at a time, if as bfloat16
+#if (defined(__AVX512VNNI__) || defined(__AVXVNNI__)) && !defined(__AMX_BF16__) // AMX multiplies more at a time, if as bfloat16
 #define LK_QUADS
-constexpr int64_t QUAD_ROWS = 6, HALF_QUAD_ROWS = 8, BLOCK = lk::QUAD_BLOCK;
+constexpr int64_t QUAD_ROWS = L == 16 ? 6 : 5, HALF_QUAD_ROWS = L == 16 ? 8 : 5, BLOCK = lk::QUAD_BLOCK;
 
 // ---- activations
 
@@ -68,11 +68,13 @@ void prepare_quads(const lk_weight &weight, const lk::Source &source, int64_t fi
                     store(panel.excess + at, __builtin_convertvector(total * -128.f, vi)); // codes are 128 too large
                 else
                     store(panel.total + at, total * of_x);
-                vf quads[SIDE];
-                for (int64_t r = 0; r < SIDE; r++) quads[r] = load<vf>(bytes[r]);
-                transpose(quads);
-                for (int64_t i = 0; i < SIDE; i++)
-                    store(panel.bytes + row * panel.stride + (from + k + 4 * i) * SIDE, quads[i]);
+                for (int64_t word = 0; word < BLOCK / 4; word += SIDE) {
+                    vf quads[SIDE];
+                    for (int64_t r = 0; r < SIDE; r++) quads[r] = load<vf>(bytes[r] + 4 * word);
+                    transpose(quads);
+                    for (int64_t i = 0; i < SIDE; i++)
+                        store(panel.bytes + row * panel.stride + (from + k + 4 * (word + i)) * SIDE, quads[i]);
+                }
             }
         }
     }
@@ -80,7 +82,13 @@ void prepare_quads(const lk_weight &weight, const lk::Source &source, int64_t fi
 
 // ---- products
 
+#if LK_LANES == 16
 INLINE vi dot(vi total, vu codes, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)x); }
+INLINE vu four_codes(const uint8_t *w) { return (vu)_mm512_set1_epi32(load<int>(w)); }
+#else
+INLINE vi dot(vi total, vu codes, vi x) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)x); }
+INLINE vu four_codes(const uint8_t *w) { return (vu)_mm256_set1_epi32(load<int>(w)); }
+#endif
 
 // N features, which lie `apart` bytes from each other, with R vectors of activations, `rows` bytes apart, over a block.
 template <int BITS, int R, int N>
@@ -91,7 +99,7 @@ INLINE void meet_block(const uint8_t *w, int64_t apart, const int8_t *x, int64_t
         for (int r = 0; r < R; r++) v[r] = load<vi>(x + i * SIDE + r * rows);
         for (int r = 0; r < R && BITS == 4; r++) upper[r] = load<vi>(x + (BYTES + i) * SIDE + r * rows);
         for (int n = 0; n < N; n++) {
-            const vu codes = (vu)_mm512_set1_epi32(load<int>(w + n * apart + i));
+            const vu codes = four_codes(w + n * apart + i);
             for (int r = 0; r < R; r++) total[r][n] = dot(total[r][n], BITS == 4 ? codes & 0x0f0f0f0fu : codes, v[r]);
             for (int r = 0; r < R && BITS == 4; r++) total[r][n] = dot(total[r][n], codes >> 4 & 0x0f0f0f0fu, upper[r]);
         }
@@ -108,7 +116,7 @@ __attribute__((noinline)) void meet(const lk_weight &weight, int64_t feature, in
     const int8_t *x = panel.bytes + row * panel.stride + from * SIDE;
     const float *of_x = panel.scale + row * panel.groups + from / BLOCK * SIDE;
     const float *sum_of_x = panel.total + row * panel.groups + from / BLOCK * SIDE; // or what makes up for 128
-    constexpr bool KEPT = R < 3; // sums stay in registers, of which more rows leave none
+    constexpr bool KEPT = L == 16 && R < 3; // sums stay in registers, of which more rows leave none
     vf kept[R][N];
     auto sum_before = [&](int r, int n, int64_t k) { return k ? load<vf>(out + (r * SIDE + n) * SIDE) : vf{}; };
     for (int r = 0; r < R && KEPT; r++)
@@ -143,7 +151,8 @@ __attribute__((noinline)) void meet(const lk_weight &weight, int64_t feature, in
 template <int BITS, int R>
 INLINE void multiply_quads(const lk_weight &weight, int64_t feature, int64_t apart, int64_t features, const lk::Panel &panel,
                            int64_t row, int64_t from, int64_t to, float *out) {
-    constexpr int N = R == 1 ? 8 : R == 2 ? 6 : 4, REST = SIDE % N ? SIDE % N : 1;
+    constexpr int N = L == 16 ? (R == 1 ? 8 : R == 2 ? 6 : 4) : R == 1 ? 8 : R == 2 ? 4 : R == 3 ? 3 : 2;
+    constexpr int REST = SIDE % N ? SIDE % N : 1;
     const int64_t ahead = apart == 1 ? N * panel.stride * BITS / 8 : 512;
     auto some = [&](auto of_so_many, int n, int64_t distance) {
         of_so_many(weight, feature + n * apart, apart, panel, row, from, to, out + n * SIDE, distance);
@@ -168,10 +177,14 @@ void quads_of(const lk_weight &weight, const lk::Panel &panel, int64_t row, int6
 
 void quad_products(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
                    float *out, int64_t stride, bool add) {
-    static_assert(lk::ROW_BLOCK == 4 * SIDE);
     constexpr decltype(&quads_of<8, 1>) OF[2][4] = {{quads_of<8, 1>, quads_of<8, 2>, quads_of<8, 3>, quads_of<8, 4>},
                                                     {quads_of<4, 1>, quads_of<4, 2>, quads_of<4, 3>, quads_of<4, 4>}};
-    OF[weight.format == LK_WEIGHT_INT4][(rows - 1) / SIDE](weight, panel, row, rows, first, count, out, stride, add);
+    constexpr int64_t MOST = (L == 16 ? 4 : 2) * SIDE; // rows at a time
+    for (int64_t m = 0; m < rows; m += MOST) {
+        const int64_t some = least(MOST, rows - m);
+        OF[weight.format == LK_WEIGHT_INT4][(some - 1) / SIDE](weight, panel, row + m, some, first, count, out + m * stride,
+                                                              stride, add);
+    }
 }
 #else
 constexpr int64_t QUAD_ROWS = lk::NEVER, HALF_QUAD_ROWS = lk::NEVER;

@@ -1,5 +1,5 @@
-// Products in squares of 16 features by 16 activations: which features of a weight meet the activations when, and where what
-// comes of them belongs. What multiplies is a function
+// Products in squares of as many features by activations as a vector has lanes, 16 or 8: which features of a weight meet the
+// activations when, and where what comes of them belongs. What multiplies is a function
 //     multiply(n, apart, features, from, to, found)
 // that leaves in found (R, SIDE, SIDE) the products over values from..to - 1 of K of up to SIDE features n, n + apart, ...,
 // added to what is there where `from` is not 0.
@@ -9,9 +9,13 @@
 
 namespace {
 
-constexpr int64_t SIDE = 16; // rows and columns of a square
+constexpr int64_t SIDE = L; // rows and columns of a square
 
 #if LK_LANES == 16
+INLINE vf load_first(int64_t count, const float *from) {
+    return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+}
+INLINE void store_first(int64_t count, float *to, vf v) { _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)v); }
 
 // Element i of vector j becomes element j of vector i.
 INLINE void transpose(vf (&v)[SIDE]) {
@@ -38,19 +42,49 @@ INLINE void transpose(vf (&v)[SIDE]) {
     }
 }
 
+#elif defined(__AVX2__)
+constexpr vi LANE = {0, 1, 2, 3, 4, 5, 6, 7};
+INLINE vf load_first(int64_t count, const float *from) {
+    return (vf)_mm256_maskload_ps(from, (__m256i)(LANE < (int)count));
+}
+INLINE void store_first(int64_t count, float *to, vf v) {
+    if (count == SIDE) return store(to, v); // in one instruction, where with a mask AMD takes many
+    _mm256_maskstore_ps(to, (__m256i)(LANE < (int)count), (__m256)v);
+}
+
+// Element i of vector j becomes element j of vector i.
+INLINE void transpose(vf (&v)[SIDE]) {
+    vf w[SIDE];
+    for (int i = 0; i < SIDE; i += 2) { // pairs of neighbours, then of pairs, within halves of a vector
+        w[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        w[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < SIDE; i += 4)
+        for (int j = 0; j < 2; j++) {
+            const vf a = w[i + j], b = w[i + j + 2];
+            v[i + 2 * j] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+            v[i + 2 * j + 1] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int i = 0; i < 4; i++) {
+        const vf a = v[i], b = v[i + 4];
+        v[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+        v[i + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+#endif
+
+#if LK_LANES == 16 || defined(__AVX2__)
 // A square (features, activations), times the features' scales if there are any, to where it belongs: (activations, features).
 INLINE void put_square(const float *square, int64_t apart, const float *scale, float *out, int64_t stride, int64_t rows,
                        int64_t features, bool add) {
     vf v[SIDE];
     for (int64_t i = 0; i < SIDE; i++) v[i] = load<vf>(square + i * apart);
     transpose(v);
-    const __mmask16 there = (__mmask16)((1u << features) - 1);
-    const __m512 factor = scale ? _mm512_maskz_loadu_ps(there, scale) : _mm512_set1_ps(1.f);
+    const vf factor = scale ? load_first(features, scale) : all(1.f);
     for (int64_t m = 0; m < SIDE; m++) {
         if (m == rows) return;
         float *to = out + m * stride;
-        const __m512 before = add ? _mm512_maskz_loadu_ps(there, to) : _mm512_setzero_ps();
-        _mm512_mask_storeu_ps(to, there, _mm512_fmadd_ps((__m512)v[m], factor, before));
+        store_first(features, to, v[m] * factor + (add ? load_first(features, to) : vf{}));
     }
 }
 

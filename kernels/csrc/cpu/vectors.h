@@ -171,6 +171,8 @@ INLINE vf power_of_two(vf x) { return x < -126.f ? all(0.f) : bounded_power_of_t
 INLINE i8 multiply_add(i8 total, h16 a, h16 b) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     return (i8)_mm256_dpwssd_epi32((__m256i)total, (__m256i)a, (__m256i)b);
+#elif defined(__AVXVNNI__)
+    return (i8)_mm256_dpwssd_avx_epi32((__m256i)total, (__m256i)a, (__m256i)b);
 #elif defined(__AVX2__)
     return total + (i8)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
