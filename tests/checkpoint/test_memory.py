@@ -125,5 +125,6 @@ def test_quantizing_takes_the_quantized_model_and_one_weight(models: Path, tmp_p
     full = (plain / "model.safetensors").stat().st_size
     assert size < {"int8": 0.56, "fp8": 0.56, "int4": 0.36}[kind] * full
     for peak in (quantizing, reading):
-        assert 0.7 * size < peak < size + 35e6 < 0.8 * full
+        # Reading takes up again what quantizing has left to the allocator, a third of it at times.
+        assert 0.5 * size < peak < size + 35e6 < 0.8 * full
     assert saving < 35e6

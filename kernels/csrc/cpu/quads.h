@@ -151,7 +151,7 @@ __attribute__((noinline)) void meet(const lk_weight &weight, int64_t feature, in
 template <int BITS, int R>
 INLINE void multiply_quads(const lk_weight &weight, int64_t feature, int64_t apart, int64_t features, const lk::Panel &panel,
                            int64_t row, int64_t from, int64_t to, float *out) {
-    constexpr int N = L == 16 ? (R == 1 ? 8 : R == 2 ? 6 : 4) : R == 1 ? 8 : R == 2 ? 4 : R == 3 ? 3 : 2;
+    constexpr int N = R == 1 ? 8 : R == 2 && L == 16 ? 6 : 4;
     constexpr int REST = SIDE % N ? SIDE % N : 1;
     const int64_t ahead = apart == 1 ? N * panel.stride * BITS / 8 : 512;
     auto some = [&](auto of_so_many, int n, int64_t distance) {
@@ -177,11 +177,16 @@ void quads_of(const lk_weight &weight, const lk::Panel &panel, int64_t row, int6
 
 void quad_products(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
                    float *out, int64_t stride, bool add) {
-    constexpr decltype(&quads_of<8, 1>) OF[2][4] = {{quads_of<8, 1>, quads_of<8, 2>, quads_of<8, 3>, quads_of<8, 4>},
-                                                    {quads_of<4, 1>, quads_of<4, 2>, quads_of<4, 3>, quads_of<4, 4>}};
-    constexpr int64_t MOST = (L == 16 ? 4 : 2) * SIDE; // rows at a time
-    for (int64_t m = 0; m < rows; m += MOST) {
-        const int64_t some = least(MOST, rows - m);
+#if LK_LANES == 16
+    constexpr int64_t SQUARES = 4; // that weights meet at a time, as registers allow
+    constexpr decltype(&quads_of<8, 1>) OF[2][SQUARES] = {{quads_of<8, 1>, quads_of<8, 2>, quads_of<8, 3>, quads_of<8, 4>},
+                                                          {quads_of<4, 1>, quads_of<4, 2>, quads_of<4, 3>, quads_of<4, 4>}};
+#else
+    constexpr int64_t SQUARES = 2;
+    constexpr decltype(&quads_of<8, 1>) OF[2][SQUARES] = {{quads_of<8, 1>, quads_of<8, 2>}, {quads_of<4, 1>, quads_of<4, 2>}};
+#endif
+    for (int64_t m = 0; m < rows; m += SQUARES * SIDE) {
+        const int64_t some = least(SQUARES * SIDE, rows - m);
         OF[weight.format == LK_WEIGHT_INT4][(some - 1) / SIDE](weight, panel, row + m, some, first, count, out + m * stride,
                                                               stride, add);
     }
