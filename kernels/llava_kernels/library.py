@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 NAME = "libllava_kernels.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
+# Of processors, by the names that the C library has for them; a build or a processor may lack some.
+INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "neon")
 
 
 class Weight(Structure):
@@ -179,8 +181,7 @@ class Handle:
 
     Args:
         threads: that a call may use; None: as many as torch uses, but no more than this process has processors.
-        instructions: "portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx" or "neon"; None: the
-            best there is.
+        instructions: one of ``INSTRUCTIONS``; None: the best there is.
 
     Raises:
         LibraryError: there is no library, or the processor lacks the instructions.

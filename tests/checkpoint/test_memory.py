@@ -34,7 +34,8 @@ for directory in sys.argv[1:]:
     print((kilobytes("VmHWM") - before) * 1024, sum(p.nbytes for p in model.parameters()))
     del model
 """
-# The same of a model that is quantized while it is read, of writing it, and of reading what was written.
+# The same of a model that is quantized while it is read, of writing it, and of reading what was written; each peak also
+# above what the process had before the first: what one leaves to the allocator the next takes up, which is no growth.
 MEASURE_QUANTIZED = """
 import os, sys
 from pathlib import Path
@@ -48,13 +49,14 @@ def measured(work):
     open("/proc/self/clear_refs", "w").write("5")
     before = kilobytes("VmRSS")
     result = work()
-    print((kilobytes("VmHWM") - before) * 1024)
+    print(*((kilobytes("VmHWM") - earlier) * 1024 for earlier in (before, start)))
     return result
 
 os.fsync, files.REMAP_BYTES = lambda file: None, 10 << 20
 torch.set_num_threads(1)
 plain, written, small, kind = sys.argv[1:]
 load_model(Path(small), quantization=kind)  # what the first use takes for ever
+start = kilobytes("VmRSS")
 model = measured(lambda: load_model(Path(plain), quantization=kind))
 print(sum(t.nbytes for t in (*model.parameters(), *model.buffers())))
 measured(lambda: save_model(model, Path(written)))
@@ -120,11 +122,10 @@ def test_quantizing_takes_the_quantized_model_and_one_weight(models: Path, tmp_p
     done = subprocess.run(
         [sys.executable, "-c", MEASURE_QUANTIZED, *paths, kind], capture_output=True, text=True, check=True
     )
-    quantizing, size, saving, reading = map(int, done.stdout.split())
-    print(f"{kind}: {size} bytes; quantizing {quantizing}, saving {saving}, reading {reading}")
+    quantizing, held, size, saving, _, reading, held_again = map(int, done.stdout.split())
+    print(f"{kind}: {size} bytes; quantizing {quantizing}, saving {saving}, reading {reading} of {held_again}")
     full = (plain / "model.safetensors").stat().st_size
     assert size < {"int8": 0.56, "fp8": 0.56, "int4": 0.36}[kind] * full
-    for peak in (quantizing, reading):
-        # Reading takes up again what quantizing has left to the allocator, a third of it at times.
-        assert 0.5 * size < peak < size + 35e6 < 0.8 * full
+    for peak, total in ((quantizing, held), (reading, held_again)):
+        assert 0.7 * size < total and peak < size + 35e6 < 0.8 * full
     assert saving < 35e6

@@ -31,7 +31,7 @@ def pixels(of: lf.Llava, images: int) -> torch.Tensor:
 
 def instructions() -> list[str]:
     found = []
-    for name in ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "neon"):
+    for name in library.INSTRUCTIONS:
         try:
             found.append(library.Handle(1, name).instructions)
         except library.LibraryError:

@@ -16,7 +16,6 @@ from llava_kernels import (
 )
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="libllava_kernels was not built")
-INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "neon")
 SHAPES = [(1, 1), (5, 7), (13, 33), (50, 128), (97, 300), (128, 384)]  # (N, K)
 
 
@@ -41,7 +40,7 @@ def described(kind: str, weight: torch.Tensor) -> tuple[library.Weight, torch.Te
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4 64", "int4 64 pairs", "int4 128 pairs"])
-@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("instructions", library.INSTRUCTIONS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_linear(instructions, kind, threads):
     lk, generator = handle(instructions, threads), torch.Generator().manual_seed(0)

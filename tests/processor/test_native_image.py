@@ -113,7 +113,7 @@ def test_arrays_of_any_layout(aspect: str, calls: list[Placement]):
 def test_every_instruction_set():
     array, placement = noise(67, 90, 1), Placement((90, 91), (11, 1), (29, 41), (3, 5), height_first=True)
     found = []
-    for name in ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "neon", None):
+    for name in (*library.INSTRUCTIONS, None):
         out = torch.full((3, 23, 23), torch.nan)
         try:
             native.prepare(array, out, placement, (1, 2, 3), (0.1, 0.2, 0.3), (3, 2, 1), name)

@@ -22,12 +22,17 @@ struct Tile {
     int64_t at[lk::KEY_TILE];
 };
 
+// Of a block's token `inside`, in elements.
+INLINE int64_t place_of(const Attention &task, int64_t block, int64_t inside) {
+    return task.table[block] * task.block_stride + inside * task.token_stride;
+}
+
 Tile tile_at(const Attention &task, int64_t begin, int64_t count) {
     Tile tile = {begin, count, {}};
     int64_t block = begin / task.block_size, inside = begin % task.block_size;
     for (int64_t t = 0; t < count; t++, inside++) {
         if (inside == task.block_size) block++, inside = 0;
-        tile.at[t] = task.table[block] * task.block_stride + inside * task.token_stride;
+        tile.at[t] = place_of(task, block, inside);
     }
     return tile;
 }
@@ -247,8 +252,8 @@ struct LookAhead {
     INLINE void next_row() {
         values = !values, token += !values;
         if (token >= task.end) return;
-        const int64_t block = task.table[token / task.block_size], inside = token % task.block_size;
-        from = (const char *)((const E *)(values ? task.v : task.k) + block * task.block_stride + inside * task.token_stride);
+        const int64_t at = place_of(task, token / task.block_size, token % task.block_size);
+        from = (const char *)((const E *)(values ? task.v : task.k) + at);
         end = from + row;
     }
     INLINE void ask(int64_t lines) {
@@ -268,10 +273,11 @@ void attend_few(const Attention &task, float *scratch) {
     float *q = scratch, *out = q + lk::MAX_QUERIES * lk::MAX_HEAD_DIM; // (heads, rows, width) both
     E *copy = (E *)(out + lk::MAX_QUERIES * lk::MAX_HEAD_DIM); // (STEP, width)
     alignas(64) float score[lk::MAX_QUERIES * TOKENS];
-    Four found[lk::MAX_QUERIES][TOKENS / 4] = {};
+    Four found[lk::MAX_QUERIES][TOKENS / 4];
     Weighed queries[lk::MAX_QUERIES];
     for (int64_t i = 0; i < heads * rows; i++) into_runs<E>(query_of(task, i, task.q, task.q_stride), dim, width, q + i * width);
     memset(out, 0, (size_t)(heads * rows * width) * sizeof(float));
+    memset(found, 0, (size_t)(heads * rows) * sizeof found[0]); // of tokens that are not there nothing is found
     memset(copy, 0, (size_t)(STEP * width) * sizeof(E));
     LookAhead<E> ahead(task);
     const int64_t lines = (STEP * ahead.row / heads + 63) / 64; // that are used between two looks

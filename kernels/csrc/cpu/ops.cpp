@@ -2,11 +2,10 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(LK_HAVE_AVXVNNI)
+#if defined(LK_HAVE_X86)
 #include <cpuid.h>
 #endif
 #if defined(LK_HAVE_AMX)
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif

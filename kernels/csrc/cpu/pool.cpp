@@ -2,9 +2,9 @@
 
 #include <chrono>
 
-#include <pthread.h>
 #include <unistd.h>
 #if defined(__linux__)
+#include <pthread.h>
 #include <sched.h>
 #endif
 
@@ -54,9 +54,9 @@ void push_away([[maybe_unused]] std::thread &thread) {
 
 } // namespace
 
-Pool::Pool(int threads) : owner(getpid()), count(threads - 1), helpers(new Helper[(size_t)(threads - 1)]) {
+Pool::Pool(int threads) : owner(getpid()), helpers((size_t)(threads - 1)) {
     try {
-        for (int i = 1; i < threads; i++) helpers[i - 1].thread = std::thread([this, i] { help(i); });
+        for (int i = 1; i < threads; i++) helpers[(size_t)i - 1].thread = std::thread([this, i] { help(i); });
     } catch (...) { // the system gives no more
         close();
         throw;
@@ -72,22 +72,23 @@ void Pool::close() {
         calls.fetch_add(1);
         calls.notify_all();
     }
-    for (int i = 0; i < count && helpers[i].thread.joinable(); i++)
-        if (own) helpers[i].thread.join();
-        else helpers[i].thread.detach();
+    for (Helper &helper : helpers) {
+        if (!helper.thread.joinable()) return; // nor is any after it
+        own ? helper.thread.join() : helper.thread.detach();
+    }
 }
 
-void Pool::run(int64_t tasks, Task work, void *with) {
-    if (threads() == 1 || tasks <= 1) {
-        for (int64_t i = 0; i < tasks; i++) work(with, i, 0);
+void Pool::run(int64_t count, Task work, void *with) {
+    if (helpers.empty() || count <= 1) {
+        for (int64_t i = 0; i < count; i++) work(with, i, 0);
         return;
     }
     // Nobody looks at these while no task is to be taken.
     task.store(work, std::memory_order_relaxed);
     context.store(with, std::memory_order_relaxed);
-    left.store((uint32_t)tasks, std::memory_order_relaxed);
+    left.store((uint32_t)count, std::memory_order_relaxed);
     const uint64_t job = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
-    ticket.store(job << 32 | (uint64_t)tasks, std::memory_order_release);
+    ticket.store(job << 32 | (uint64_t)count, std::memory_order_release);
     calls.fetch_add(1); // sequentially consistent with `asleep`: a helper that misses the call is seen to sleep
     if (asleep.load()) wake();
 
@@ -102,8 +103,7 @@ void Pool::run(int64_t tasks, Task work, void *with) {
 // one that has not come by the next job is pushed away.
 void Pool::wake() {
     calls.notify_all();
-    for (int i = 0; i < count; i++) {
-        Helper &helper = helpers[i];
+    for (Helper &helper : helpers) {
         const uint32_t nap = helper.naps.load(std::memory_order_relaxed);
         if (nap % 2 == 0) continue;
         if (nap != helper.called_in)
@@ -125,7 +125,7 @@ bool Pool::take(uint64_t seen, int thread) {
 
 void Pool::help(int thread) {
     Clock::duration patience = WATCH;
-    std::atomic<uint32_t> &naps = helpers[thread - 1].naps;
+    std::atomic<uint32_t> &naps = helpers[(size_t)thread - 1].naps;
     while (true) {
         const uint32_t call = calls.load();
         for (uint64_t seen = ticket.load(std::memory_order_acquire); (uint32_t)seen; seen = ticket.load(std::memory_order_acquire))

@@ -3,8 +3,8 @@
 
 #include <atomic>
 #include <cstdint>
-#include <memory>
 #include <thread>
+#include <vector>
 
 namespace lk {
 
@@ -16,13 +16,13 @@ class Pool {
 
     explicit Pool(int threads);
     ~Pool();
-    int threads() const { return count + 1; }
+    int threads() const { return (int)helpers.size() + 1; }
 
-    // task(context, i, thread) for every i < tasks, on whichever thread; returns when all are done.
-    void run(int64_t tasks, Task task, void *context);
+    // task(context, i, thread) for every i < count, on whichever thread; returns when all are done.
+    void run(int64_t count, Task task, void *context);
     template <class F>
-    void each(int64_t tasks, F &&f) {
-        run(tasks, [](void *context, int64_t i, int thread) { (*static_cast<F *>(context))(i, thread); }, &f);
+    void each(int64_t count, F &&f) {
+        run(count, [](void *context, int64_t i, int thread) { (*static_cast<F *>(context))(i, thread); }, &f);
     }
 
   private:
@@ -38,8 +38,7 @@ class Pool {
     void wake();
 
     const int owner; // the process that has the helpers
-    const int count; // of helpers
-    const std::unique_ptr<Helper[]> helpers;
+    std::vector<Helper> helpers;
     // The job's number in the upper half, how many tasks nobody has taken in the lower. Taking one is a single exchange,
     // which fails if the job has changed since.
     alignas(64) std::atomic<uint64_t> ticket{0};

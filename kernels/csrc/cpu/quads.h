@@ -1,6 +1,6 @@
-// Weights of 8 and 4 bits that meet many activations rounded to 8 bits, by the integer products of AVX-512-VNNI or AVX-VNNI: a
-// vector holds four values of K of each of 16 or 8 activations, and meets the same four codes of a feature in all lanes. Codes are
-// multiplied as they lie: the activations' values are put in the order of the weight's bytes (IN_QUADS).
+// Weights of 8 and 4 bits that meet many activations rounded to 8 bits, by the integer products of AVX-512-VNNI or AVX-VNNI:
+// a vector holds four values of K of each of 16 or 8 activations, and meets the same four codes of a feature in all lanes.
+// Codes are multiplied as they lie: the activations' values are put in the order of the weight's bytes (IN_QUADS).
 #pragma once
 
 #include "activations.h"
@@ -11,7 +11,8 @@
 
 namespace {
 
-#if (defined(__AVX512VNNI__) || defined(__AVXVNNI__)) && !defined(__AMX_BF16__) // AMX multiplies more at a time, if as bfloat16
+// AMX multiplies more at a time, if as bfloat16.
+#if (defined(__AVX512VNNI__) || defined(__AVXVNNI__)) && !defined(__AMX_BF16__)
 #define LK_QUADS
 constexpr int64_t QUAD_ROWS = L == 16 ? 6 : 5, HALF_QUAD_ROWS = L == 16 ? 8 : 5, BLOCK = lk::QUAD_BLOCK;
 

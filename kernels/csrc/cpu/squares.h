@@ -42,7 +42,7 @@ INLINE void transpose(vf (&v)[SIDE]) {
     }
 }
 
-#elif defined(__AVX2__)
+#elif LK_LANES == 8
 constexpr vi LANE = {0, 1, 2, 3, 4, 5, 6, 7};
 INLINE vf load_first(int64_t count, const float *from) {
     return (vf)_mm256_maskload_ps(from, (__m256i)(LANE < (int)count));
@@ -73,7 +73,7 @@ INLINE void transpose(vf (&v)[SIDE]) {
 }
 #endif
 
-#if LK_LANES == 16 || defined(__AVX2__)
+#if LK_LANES >= 8
 // A square (features, activations), times the features' scales if there are any, to where it belongs: (activations, features).
 INLINE void put_square(const float *square, int64_t apart, const float *scale, float *out, int64_t stride, int64_t rows,
                        int64_t features, bool add) {
