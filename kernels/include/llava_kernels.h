@@ -159,6 +159,8 @@ typedef enum lk_weight_format {
     LK_WEIGHT_INT4 = 3  /* scale * (group_scale * code + group_offset); llava_kernels.Int4Weight */
 } lk_weight_format;
 
+typedef struct lk_compact lk_compact; /* a weight of bfloat16 in 12 bits a value: lk_compact_create */
+
 /* A matrix (out_features, in_features). The codes of 8 and 4 bits lie as quantized_linear.py says, in_features rounded
  * up to a multiple of 128 or of group_size. Activations that meet them are rounded to 16 bits a group of values. With "amx"
  * and "avx512bf16", where the dtype of the call is bfloat16, activations are rounded to bfloat16: those that meet weights of
@@ -174,7 +176,16 @@ typedef struct lk_weight {
     const uint32_t *group_pairs;            /* of 4 bits: (out_features, groups rounded up to a multiple of 8), scales in
                                              * the upper halves, offsets in the lower; 0 where there is no group. Read
                                              * with the codes, in one stream: faster. NULL: there is none */
+    const lk_compact *compact;              /* of bfloat16: the same values, read in place of data where so few activations
+                                             * meet them that memory is what takes the time. NULL: there is none */
 } lk_weight;
+
+/* The values of a bfloat16 weight in 12 bits each: three quarters of the bytes, and nothing is rounded. It does not refer to
+ * the weight afterwards, and must outlive the decoder that reads it. LK_UNSUPPORTED: the weight's values span so many
+ * powers of two that it has no such form, or the handle's instructions ("portable") would not read it. */
+LK_API lk_status lk_compact_create(lk_handle *handle, const lk_weight *weight, lk_compact **compact);
+LK_API void lk_compact_destroy(lk_compact *compact); /* NULL is fine */
+LK_API int64_t lk_compact_bytes(const lk_compact *compact); /* of memory that it takes; of NULL: 0 */
 
 /* x W^T + b, added up in float32 (int8 and int4: in integers within a group), or GELU(x W^T + b). */
 typedef struct lk_linear_args {

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 NAME = "libllava_kernels.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 2}
+BFLOAT16 = 1  # LK_WEIGHT_BFLOAT16
 # Of processors, by the names that the C library has for them; a build or a processor may lack some.
 INSTRUCTIONS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx", "neon")
 
@@ -39,6 +40,7 @@ class Weight(Structure):
         ("group_offset", c_void_p),
         ("group_size", c_int64),
         ("group_pairs", c_void_p),
+        ("compact", c_void_p),
     ]
 
 
@@ -170,7 +172,9 @@ def _declared(library: CDLL) -> CDLL:
     library.lk_decoder_head.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     library.lk_sample.argtypes = [c_void_p, c_void_p]
     library.lk_decoder_likeliest.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
-    for name in ("lk_destroy", "lk_decoder_destroy"):
+    library.lk_compact_create.argtypes = [c_void_p, POINTER(Weight), POINTER(c_void_p)]
+    library.lk_compact_bytes.argtypes, library.lk_compact_bytes.restype = [c_void_p], c_int64
+    for name in ("lk_destroy", "lk_decoder_destroy", "lk_compact_destroy"):
         function = getattr(library, name)
         function.argtypes, function.restype = [c_void_p], None
     return library
@@ -261,6 +265,31 @@ class Decoder:
             self.handle.library.lk_decoder_destroy(self._decoder)
 
 
+class Compact:
+    """The values of a bfloat16 weight in 12 bits each, nothing rounded: what few activations meet in its place.
+
+    Attributes:
+        bytes: of memory that it takes.
+
+    Raises:
+        LibraryError: the weight's values span too many powers of two.
+    """
+
+    def __init__(self, handle: Handle, weight: Weight):
+        self.library, self._compact = handle.library, c_void_p()
+        handle.check(self.library.lk_compact_create(handle._handle, byref(weight), byref(self._compact)))
+        self.bytes: int = self.library.lk_compact_bytes(self._compact)
+
+    @property
+    def address(self) -> int | None:
+        """For :attr:`Weight.compact`."""
+        return self._compact.value
+
+    def __del__(self) -> None:
+        if self._compact:
+            self.library.lk_compact_destroy(self._compact)
+
+
 def default_threads() -> int:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(torch.get_num_threads(), usable))
@@ -270,7 +299,7 @@ def float_weight(weight: Tensor) -> Weight:
     """(N, K) float32 or bfloat16 with contiguous rows, where it lies."""
     assert weight.stride(1) == 1 and weight.dtype in DTYPES
     return Weight(
-        format=int(weight.dtype == torch.bfloat16),
+        format=BFLOAT16 if weight.dtype == torch.bfloat16 else 0,
         out_features=weight.shape[0],
         in_features=weight.shape[1],
         data=weight.data_ptr(),

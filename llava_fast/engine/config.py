@@ -21,6 +21,8 @@ class EngineConfig:
         kv_cache_dtype: "auto" for the model's own, or "fp8" (e4m3) for half the bytes of bf16.
         activation_bits: of what meets int8 and int4 weights on a CPU. 8: many tokens at a time are rounded to 8 bits,
             with a scale for each 64 values of a token, where that is faster; 16: none are; None: 8 in a bfloat16 model.
+        compact_weights: keep what a CPU decodes with in bfloat16 a second time, in 12 bits a weight and exact: steps of
+            one or two answers then read a quarter less. None: where that takes at most a quarter of the free memory.
         block_size: tokens of one block of the cache, a power of two.
         max_sequences: answers that are worked on at a time.
         max_step_tokens: tokens computed in one step; longer prompts are computed in chunks.
@@ -46,6 +48,7 @@ class EngineConfig:
     memory_fraction: float | None = None
     kv_cache_dtype: str = "auto"
     activation_bits: int | None = None
+    compact_weights: bool | None = None
     block_size: int = 16
     max_sequences: int = 256
     max_step_tokens: int = 2048

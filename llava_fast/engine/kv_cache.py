@@ -32,7 +32,7 @@ class KVCache:
         longest = min(config.max_length or text.max_position_embeddings, text.max_position_embeddings)
         most = config.max_sequences * -(-longest // config.block_size)
         if config.kv_cache_bytes is None:
-            self.num_blocks = min(most, int(_free_bytes(device) * _fraction(config, device)) // self.block_bytes)
+            self.num_blocks = min(most, int(free_bytes(device) * _fraction(config, device)) // self.block_bytes)
         else:
             self.num_blocks = config.kv_cache_bytes // self.block_bytes
         if self.num_blocks < 1:
@@ -53,7 +53,8 @@ def _fraction(config: EngineConfig, device: torch.device) -> float:
     return config.memory_fraction or (0.9 if device.type == "cuda" else 0.25)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Of memory that may be had without anything being moved out."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava_fast.engine.config import EngineConfig
 from llava_fast.engine.inputs import StepInputs
-from llava_fast.engine.kv_cache import KVCache
+from llava_fast.engine.kv_cache import KVCache, free_bytes
 from llava_fast.engine.screen import Screen
 from llava_fast.model import Llava
 from llava_fast.model.linear import Linear
 from llava_fast.model.quantized import QuantizedLinear
 from llava_kernels import Int4Weight, Int8Weight, dispatch, library
+
+log = logging.getLogger(__name__)
+PRODUCTS = ("qkv", "out", "gate_up", "down")  # of a layer, by the names of both DecoderLayer and lk_layer
 
 
 class NativeDecoder:
@@ -21,10 +26,10 @@ class NativeDecoder:
     model: its weights are used where they are.
     cache: float32 or bfloat16, on a CPU.
     max_length: positions that occur.
-    activation_bits: as in EngineConfig.
+    config: its ``activation_bits`` and ``compact_weights``.
     """
 
-    def __init__(self, model: Llava, cache: KVCache, max_length: int, activation_bits: int | None):
+    def __init__(self, model: Llava, cache: KVCache, max_length: int, config: EngineConfig):
         decoder, text = model.decoder, model.config.text
         cos, sin = (table.contiguous() for table in decoder.angles(torch.arange(max_length)))
         pairs: list[Tensor] = []  # which the weights of 4 bits get for this decoder
@@ -34,6 +39,8 @@ class NativeDecoder:
         screen = self._screen(embedding if head is None else head.weight if isinstance(head, Linear) else None)
         described = [_layer(*of, pairs) for of in zip(decoder.layers, cache.layers, strict=True)]
         layers = (library.Layer * len(described))(*described)
+        last = library.float_weight(embedding) if head is None else _weight(head, pairs)
+        self.compact = _compact(self.handle, [*_products(layers), last], config.compact_weights)
         keys = cache.layers[0][0]  # (blocks, block_size, kv_heads, head_dim)
         args = library.DecoderArgs(
             dtype=library.DTYPES[model.dtype],
@@ -46,7 +53,7 @@ class NativeDecoder:
             eps=text.rms_norm_eps,
             layer=layers,
             norm=decoder.norm.weight.data_ptr(),
-            head=library.float_weight(embedding) if head is None else _weight(head, pairs),
+            head=last,
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
             positions=max_length,
@@ -55,12 +62,14 @@ class NativeDecoder:
             cache_block_stride=keys.stride(0),
             cache_token_stride=keys.stride(1),
             cache_head_stride=keys.stride(2),
-            activation_bits=activation_bits or (8 if model.dtype == torch.bfloat16 else 16),
+            activation_bits=config.activation_bits or (8 if model.dtype == torch.bfloat16 else 16),
         )
         if screen is not None:
             args.screen, args.screen_error = library.int8_weight(screen.weight), screen.error.data_ptr()
         self.vocab_size = text.vocab_size
-        self._decoder = library.Decoder(self.handle, args, keep=(model, cache, cos, sin, layers, pairs, screen))
+        self._decoder = library.Decoder(
+            self.handle, args, keep=(model, cache, cos, sin, layers, pairs, screen, self.compact)
+        )
 
     def _screen(self, head: Tensor | None) -> Screen | None:
         """For heads of bfloat16."""
@@ -76,8 +85,7 @@ class NativeDecoder:
             return "the C library is not to be had"
         if model.dtype not in library.DTYPES:
             return f"the C library has no {str(model.dtype).removeprefix('torch.')}"
-        names = ("qkv", "out", "gate_up", "down")
-        products = [getattr(layer, name) for layer in model.decoder.layers for name in names] + [model.lm_head]
+        products = [getattr(layer, name) for layer in model.decoder.layers for name in PRODUCTS] + [model.lm_head]
         if not all(type(m) in (Linear, QuantizedLinear, type(None)) for m in products):
             return "the C library adds no adapters"
         if not all(m.kind in ("int8", "int4") for m in products if isinstance(m, QuantizedLinear)):
@@ -138,9 +146,34 @@ def _layer(layer: Any, cache: tuple[Tensor, Tensor], pairs: list[Tensor]) -> lib
         k_cache=cache[0].data_ptr(),
         v_cache=cache[1].data_ptr(),
     )
-    for name in ("qkv", "out", "gate_up", "down"):
+    for name in PRODUCTS:
         setattr(described, name, _weight(getattr(layer, name), pairs))
     return described
+
+
+def _products(layers: Any) -> list[library.Weight]:
+    """layers: an array of library.Layer -> what its fields are, not copies."""
+    return [getattr(layer, name) for layer in layers for name in PRODUCTS]
+
+
+def _compact(handle: library.Handle, weights: list[library.Weight], wanted: bool | None) -> list[library.Compact]:
+    """Compact forms of the bfloat16 ones, which are told of them; none where they are not wanted.
+
+    wanted: as EngineConfig.compact_weights.
+    """
+    halves = [weight for weight in weights if weight.format == library.BFLOAT16]
+    needed = sum(weight.out_features * weight.in_features for weight in halves) * 3 // 2
+    if wanted is False or (wanted is None and 4 * needed > free_bytes(torch.device("cpu"))):
+        return []
+    made = []
+    for weight in halves:
+        try:
+            made.append(library.Compact(handle, weight))
+        except library.LibraryError as error:
+            log.info("a weight stays as it is: %s", error)
+        else:
+            weight.compact = made[-1].address
+    return made
 
 
 def _weight(linear: torch.nn.Module, pairs: list[Tensor]) -> library.Weight:

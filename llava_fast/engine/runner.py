@@ -304,7 +304,7 @@ def _host_decoder(
         return None
     why_not = _misfit(model, config)
     if why_not is None:
-        decoder = NativeDecoder(model, cache, max_length, config.activation_bits)
+        decoder = NativeDecoder(model, cache, max_length, config)
         log.info("decoding through the C library (%s, %d threads)", decoder.instructions, decoder.threads)
         return decoder
     log.info("decoding with torch: %s", why_not)

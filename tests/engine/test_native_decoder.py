@@ -1,5 +1,6 @@
 """Decoding through the C library beside decoding with torch."""
 
+import os.path
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,42 @@ def test_bfloat16_is_no_further_from_float32_than_torch():
     exact = scores(answers(wide, "reference"))
     ours, torchs = scores(answers(made, "native")), scores(answers(made, "reference"))
     assert np.abs(ours - exact).mean() <= np.abs(torchs - exact).mean()
+
+
+def native(made: lf.Llava, **budgets) -> NativeDecoder:
+    processor = Processor.from_config(made.config, Tokenizer.load(TOKENIZER))
+    config = lf.EngineConfig(kv_cache_bytes=1 << 20, **budgets)
+    decoder = lf.Engine(made, processor, config, background=False)._runner.host_decoder
+    assert isinstance(decoder, NativeDecoder)
+    return decoder
+
+
+READS_COMPACT = library.load() is not None and library.Handle().instructions != "portable"
+
+
+def test_compact_weights_give_the_same_tokens():
+    """One answer at a time: more than two rows meet the weights themselves. Sums differ in their order, so that nearly
+    equal logits may change places."""
+    made = model(torch.bfloat16)
+    ours, plain = (
+        [c.token_ids for c in answers(made, "native", max_sequences=1, compact_weights=on)] for on in (True, False)
+    )
+    alike = sum(len(os.path.commonprefix([a, b])) for a, b in zip(ours, plain, strict=True))
+    assert alike >= 0.9 * sum(map(len, plain))
+
+
+@pytest.mark.skipif(not READS_COMPACT, reason="the portable code does not read compact weights")
+def test_weights_are_compact_in_bfloat16_where_there_is_memory(monkeypatch):
+    made = model(torch.bfloat16)
+    products = 4 * made.config.text.num_hidden_layers + 1
+    assert len(native(made).compact) == products
+    assert native(made, compact_weights=False).compact == []
+    monkeypatch.setattr("llava_fast.engine.native_decoder.free_bytes", lambda device: 1 << 20)
+    assert native(made).compact == []
+    assert len(native(made, compact_weights=True).compact) == products
+    assert native(model(), compact_weights=True).compact == []  # float32
+    quantize(made, "int4")
+    assert len(native(made, compact_weights=True).compact) == 1  # the head
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -26,7 +26,7 @@ def handle(instructions: str, threads: int) -> library.Handle:
         pytest.skip(str(error))
 
 
-def described(kind: str, weight: torch.Tensor) -> tuple[library.Weight, torch.Tensor, object]:
+def described(kind: str, weight: torch.Tensor, lk: library.Handle) -> tuple[library.Weight, torch.Tensor, object]:
     """The weight as the library takes it, its values, and what must stay alive."""
     if kind == "int8":
         int8 = quantize_int8(weight)
@@ -35,17 +35,26 @@ def described(kind: str, weight: torch.Tensor) -> tuple[library.Weight, torch.Te
         int4 = quantize_int4(weight, int(kind.split()[1]))
         pairs = library.group_pairs(int4) if kind.endswith("pairs") else None
         return library.int4_weight(int4, pairs), dequantize_int4(int4), (int4, pairs)
-    kept = weight.to(getattr(torch, kind))
-    return library.float_weight(kept), kept, kept
+    kept = weight.to(getattr(torch, kind.split()[0]))
+    taken = library.float_weight(kept)
+    if kind != "bfloat16 compact":
+        return taken, kept, kept
+    if lk.instructions == "portable":
+        pytest.skip("the portable code does not read compact weights")
+    compact = library.Compact(lk, taken)
+    taken.compact = compact.address
+    return taken, kept, (kept, compact)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4 64", "int4 64 pairs", "int4 128 pairs"])
+@pytest.mark.parametrize(
+    "kind", ["float32", "bfloat16", "bfloat16 compact", "int8", "int4 64", "int4 64 pairs", "int4 128 pairs"]
+)
 @pytest.mark.parametrize("instructions", library.INSTRUCTIONS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_linear(instructions, kind, threads):
     lk, generator = handle(instructions, threads), torch.Generator().manual_seed(0)
     for features, width in SHAPES:
-        weight, values, _kept = described(kind, torch.randn(features, width, generator=generator))
+        weight, values, _kept = described(kind, torch.randn(features, width, generator=generator), lk)
         for rows in (1, 2, 3, 4, 5, 9, 64, 65, 130):
             wide = torch.randn(rows, width + 3, generator=generator)
             x, bias = wide[:, :width], torch.randn(features, generator=generator)  # rows lie apart
@@ -58,6 +67,20 @@ def test_linear(instructions, kind, threads):
                 features,
                 width,
             )
+
+
+def test_a_compact_weight_takes_three_quarters():
+    weight = (torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    lk = library.Handle()
+    if lk.instructions == "portable":
+        pytest.skip("the portable code does not read compact weights")
+    assert 0.75 <= library.Compact(lk, library.float_weight(weight)).bytes / weight.nbytes < 0.78
+
+
+def test_a_weight_of_too_many_powers_of_two_has_no_compact_form():
+    weight = torch.logspace(-30, 30, 64 * 64, base=2).view(64, 64).bfloat16()
+    with pytest.raises(library.LibraryError, match=r"16 commonest upper bytes|portable"):
+        library.Compact(library.Handle(), library.float_weight(weight))
 
 
 def test_pairs_hold_scales_and_offsets_side_by_side():

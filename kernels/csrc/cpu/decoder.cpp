@@ -1,14 +1,9 @@
 // All layers of the decoder in one call. A layer is five jobs of the pool; what needs no other thread's results between
 // two of them is done in the same task: a head's part of QKV is turned and stored by the task that has multiplied it.
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <vector>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "handle.h"
 
@@ -142,21 +137,6 @@ lk_status check_decoder(lk_handle *handle, const lk_decoder_args *args) {
     for (int64_t i = 0; i < args->layers; i++)
         if (lk_status status = check_layer(handle, *args, args->layer[i])) return status;
     return LK_OK;
-}
-
-// Puts memory into pages of 2 MiB where Linux can (6.1 and later): weights are read from end to end at every token, and
-// under a hypervisor a quarter of that time goes into finding small pages. The edges take in what lies beside them, which
-// notices nothing. Where it cannot be done all stays as it was.
-void use_large_pages(const void *memory, int64_t bytes) {
-#if defined(__linux__)
-    constexpr uintptr_t PAGE = 2 << 20;
-    constexpr int COLLAPSE = 25; // MADV_COLLAPSE, which older headers lack
-    const uintptr_t first = (uintptr_t)memory / PAGE * PAGE, end = (uintptr_t)memory + (uintptr_t)bytes;
-    for (uintptr_t page = first; bytes >= (int64_t)PAGE / 2 && page < end; page += PAGE)
-        if (madvise((void *)page, PAGE, COLLAPSE) && errno == EINVAL && page != first) return; // unknown here, or a file's
-#else
-    (void)memory, (void)bytes;
-#endif
 }
 
 int64_t bytes_of(const lk_weight &weight) {

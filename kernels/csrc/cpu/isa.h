@@ -188,6 +188,8 @@ struct Isa {
     int64_t tile_rows, coded_tile_rows;
     // From so many rows on, activations that may be rounded to 8 bits are, before weights of 8 and of 4 bits.
     int64_t quad_rows, half_quad_rows;
+    // Up to so many rows a weight's compact form is met in place of it: for more, taking it apart costs more; 0: never.
+    int64_t compact_rows;
     bool rounds(bool half) const { return half && tile_rows < NEVER; } // what meets weights of bfloat16
 
     // Rows first..last-1 of the panel; side by side: first is a multiple of the lanes, in tiles of 16.

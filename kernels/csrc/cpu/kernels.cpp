@@ -1,6 +1,7 @@
 // The inner functions of isa.h, compiled once for each instruction set (LK_ISA, LK_LANES and the compiler's flags).
 #include "activations.h"
 #include "attention.h"
+#include "compact_runs.h"
 #include "inner.h"
 #include "pairs.h"
 #include "quads.h"
@@ -150,6 +151,14 @@ struct Bfloat16 {
             for (int m = 0; m < M; m++) total[m][n] += v[m] * odd;
         }
     }
+    // A run of the weight's values with each row's.
+    template <int M>
+    static INLINE void meet(vf (&total)[M], const float *x, int64_t stride, vu words) {
+        const vf even = (vf)(words << 16), odd = (vf)(words & 0xffff0000u);
+        for (int m = 0; m < M; m++) total[m] += load<vf>(x + m * stride) * even;
+        for (int m = 0; m < M; m++) total[m] += load<vf>(x + m * stride + L) * odd;
+    }
+    static float of_row(const float *x, int64_t k) { return x[k / PAIR * PAIR + k % PAIR / 2 + k % 2 * L]; }
 };
 
 template <int M, int N>
@@ -232,6 +241,55 @@ void few_rows(const lk_weight &weight, const typename W::Value *x, int64_t strid
     for (int64_t n = WIDE * run; n < count; n++)
         tiles<W, 1>(weight, first + n, 1, x, stride, rows, out + n, out_stride, add);
 }
+
+#if defined(LK_COMPACT)
+// M rows of x with N of a compact weight's, which lie `apart` rows from each other; without what stands in its list.
+template <class W, int M, int N>
+void compact_tile(const lk_compact &weight, int64_t n, int64_t apart, const typename W::Value *x, int64_t stride, float *out,
+                  int64_t out_stride, bool add) {
+    constexpr int64_t AHEAD = 256; // bytes
+    const vb upper = table_of(weight);
+    vf total[2][N][M] = {}; // two sets of sums: one alone would wait for itself
+    const uint8_t *w[N];
+    for (int i = 0; i < N; i++) w[i] = weight.data + (n + i * apart) * weight.row_bytes;
+    for (int64_t k = 0; k < weight.in_features; k += lk_compact::BLOCK)
+#pragma GCC unroll 4 // or the sums would lie in memory
+        for (int i = 0; i < N; i++, w[i - 1] += lk_compact::BYTES) {
+            for (int64_t line = 0; line < lk_compact::BYTES; line += 64) __builtin_prefetch(w[i] + AHEAD + line);
+            each_run(w[i], upper, [&](int run, vu words) {
+                W::template meet<M>(total[run % 2][i], x + k + run * PAIR, stride, words);
+            });
+        }
+    vf turned[M][N];
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < N; i++) turned[m][i] = total[0][i][m] + total[1][i][m];
+    put<M, N>(turned, out, out_stride, apart, add);
+}
+
+// What a compact weight's list adds to what has been made of its blocks.
+template <class W>
+void add_listed(const lk_compact &weight, const typename W::Value *x, int64_t stride, int64_t rows, int64_t first,
+                int64_t count, float *out, int64_t out_stride) {
+    const int64_t *list = weight.first + first;
+    for (int64_t n = 0; list[n] < list[count]; n++)
+        for (int64_t i = list[n]; i < list[n + 1]; i++)
+            for (int64_t m = 0; m < rows; m++)
+                out[m * out_stride + n] += weight.missing[i] * W::of_row(x + m * stride, weight.at[i]);
+}
+
+template <class W>
+void compact_products(const lk_compact &weight, const typename W::Value *x, int64_t stride, int64_t rows, int64_t first,
+                      int64_t count, float *out, int64_t out_stride, bool add) {
+    static_assert(COMPACT_ROWS == 2);
+    auto some = [&](auto one_row, auto two_rows, int64_t n, int64_t apart) {
+        (rows == 1 ? one_row : two_rows)(weight, first + n, apart, x, stride, out + n, out_stride, add);
+    };
+    const int64_t run = count / WIDE; // runs as in few_rows
+    for (int64_t n = 0; n < run; n++) some(compact_tile<W, 1, WIDE>, compact_tile<W, 2, WIDE>, n, run);
+    for (int64_t n = WIDE * run; n < count; n++) some(compact_tile<W, 1, 1>, compact_tile<W, 2, 1>, n, 1);
+    add_listed<W>(weight, x, stride, rows, first, count, out, out_stride);
+}
+#endif
 
 typedef float f2 __attribute__((vector_size(8)));
 
@@ -491,12 +549,19 @@ void products(const lk_weight &weight, const Panel &panel, int64_t first_row, in
     const bool wide = panel.layout == lk::SIDE_BY_SIDE;
 #if defined(__AVX512BF16__)
     if (panel.layout == lk::IN_TILES) return tile_products(weight, panel, first_row, rows, first, count, out, out_stride, add);
+    if (panel.layout == lk::IN_PAIRS && weight.compact && rows <= COMPACT_ROWS)
+        return compact_products<Pairs>(*weight.compact, panel.halves + first_row * panel.stride, panel.stride, rows, first,
+                                       count, out, out_stride, add);
     if (panel.layout == lk::IN_PAIRS)
         return few_rows<Pairs>(weight, panel.halves + first_row * panel.stride, panel.stride, rows, first, count, out,
                                out_stride, add);
 #endif
 #if defined(LK_QUADS)
     if (panel.layout == lk::IN_QUADS) return quad_products(weight, panel, first_row, rows, first, count, out, out_stride, add);
+#endif
+#if defined(LK_COMPACT)
+    if (weight.compact && rows <= COMPACT_ROWS && !wide)
+        return compact_products<Bfloat16>(*weight.compact, x, panel.stride, rows, first, count, out, out_stride, add);
 #endif
     switch (weight.format) {
     case LK_WEIGHT_FLOAT32:
@@ -608,7 +673,7 @@ void biased(float *x, int64_t stride, int64_t rows, int64_t count, const float *
 
 namespace lk {
 extern const Isa LK_ISA;
-const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, QUAD_ROWS, HALF_QUAD_ROWS, prepare, products, turn,
+const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, QUAD_ROWS, HALF_QUAD_ROWS, COMPACT_ROWS, prepare, products, turn,
                     gelu, swiglu, attend, to_float, from_float, layer_norm, biased, LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
                     LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
                     LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward, draw, likeliest,

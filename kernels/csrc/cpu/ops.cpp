@@ -10,6 +10,7 @@
 #include <unistd.h>
 #endif
 
+#include "compact.h"
 #include "handle.h"
 
 namespace lk {
@@ -95,6 +96,10 @@ lk_status check_weight(lk_handle *handle, const char *name, const lk_weight &wei
         return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: there is no weight format %d", name, (int)weight.format);
     CHECK_SIZES(handle, {"out_features", weight.out_features, 1}, {"in_features", weight.in_features, 1});
     if (!weight.data) return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: data is NULL", name);
+    if (weight.compact && (weight.format != LK_WEIGHT_BFLOAT16 || weight.compact->out_features != weight.out_features ||
+                           weight.compact->in_features != weight.in_features))
+        return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: compact is (%lld, %lld) of bfloat16, the weight is not", name,
+                       (long long)weight.compact->out_features, (long long)weight.compact->in_features);
     if (weight.format <= LK_WEIGHT_BFLOAT16) return LK_OK;
     if (!weight.scale) return lk_fail(handle, LK_INVALID_ARGUMENT, "%s: scale is NULL", name);
     if (weight.format == LK_WEIGHT_INT8) return LK_OK;

@@ -38,6 +38,13 @@ struct Pairs {
             for (int n = 0; n < N; n++) total[m][n] = (vf)_mm512_dpbf16_ps((__m512)total[m][n], v, wide[n]);
         }
     }
+    // A run of the weight's values with each row's.
+    template <int M>
+    static INLINE void meet(vf (&total)[M], const uint16_t *x, int64_t stride, vu words) {
+        for (int m = 0; m < M; m++)
+            total[m] = (vf)_mm512_dpbf16_ps((__m512)total[m], load<__m512bh>(x + m * stride), (__m512bh)words);
+    }
+    static float of_row(const uint16_t *x, int64_t k) { return from_bf16(x[k]); }
 };
 #endif
 

@@ -70,7 +70,10 @@ static void make(Matrix &m, lk_weight_format format, int64_t out, int64_t in, in
         for (float &value : m.values) value /= std::sqrt((float)in); // sizes as in a network: softmax has no cliffs
         m.weight.data = m.values.data();
     } else if (format == LK_WEIGHT_BFLOAT16) {
-        for (float value : normal(out * in)) m.halves.push_back(half(value)), m.values.push_back(whole(m.halves.back()));
+        for (float value : normal(out * in)) {
+            if (m.halves.size() % 151 == 150) value = std::ldexp(value, (int)(m.halves.size() % 141) - 140); // what is rare
+            m.halves.push_back(half(value)), m.values.push_back(whole(m.halves.back()));
+        }
         m.weight.data = m.halves.data();
     } else if (format == LK_WEIGHT_INT8) {
         fill_codes(m, 128, 8);
@@ -97,6 +100,8 @@ static double product(const Matrix &m, const float *x, int64_t n, double *size) 
     }
     return total;
 }
+
+static bool reads_compact(const lk_handle *handle) { return std::strcmp(lk_instructions(handle), "portable"); }
 
 static void linear(lk_handle *handle, lk_weight_format format, int64_t group, int64_t rows, int64_t out, int64_t in) {
     Matrix m;
@@ -133,20 +138,49 @@ static void linear(lk_handle *handle, lk_weight_format format, int64_t group, in
         args.weight.group_offset = nullptr;
         CHECK(lk_linear(handle, &args, nullptr) == LK_INVALID_ARGUMENT);
     }
-    double worst = 0;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t n = 0; n < out; n++) {
-            double size, exact = product(m, x.data() + r * x_stride, n, &size) + bias[(size_t)n];
-            if (args.gelu) exact *= std::erfc(-exact / std::sqrt(2)) / 2;
-            const double off = std::fabs(exact - y[(size_t)(r * out_stride + n)]) / (size + 1);
-            if (worst == worst && !(off <= worst)) worst = off; // a NaN is the worst, and stays it
-        }
-    for (int64_t r = 0; r + 1 < rows; r++)
-        for (int64_t i = 0; i < gap; i++) CHECK(y[(size_t)(r * out_stride + out + i)] == -7);
     // 4 bits: a value's offset and code are large beside the value; 8 and 4 bits meet activations of 16 bits
     const double tolerance = format >= LK_WEIGHT_INT8 ? 2e-4 : 5e-7;
-    if (!(worst < tolerance)) std::printf("format %d, %lld x (%lld, %lld): %g\n", format, (long long)rows, (long long)out, (long long)in, worst);
-    CHECK(worst < tolerance);
+    auto check = [&] {
+        double worst = 0;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t n = 0; n < out; n++) {
+                double size, exact = product(m, x.data() + r * x_stride, n, &size) + bias[(size_t)n];
+                if (args.gelu) exact *= std::erfc(-exact / std::sqrt(2)) / 2;
+                const double off = std::fabs(exact - y[(size_t)(r * out_stride + n)]) / (size + 1);
+                if (worst == worst && !(off <= worst)) worst = off; // a NaN is the worst, and stays it
+            }
+        for (int64_t r = 0; r + 1 < rows; r++)
+            for (int64_t i = 0; i < gap; i++) CHECK(y[(size_t)(r * out_stride + out + i)] == -7);
+        if (!(worst < tolerance)) std::printf("format %d, %lld x (%lld, %lld): %g\n", format, (long long)rows, (long long)out, (long long)in, worst);
+        CHECK(worst < tolerance);
+    };
+    check();
+    if (format == LK_WEIGHT_BFLOAT16 && reads_compact(handle)) { // the same values in 12 bits
+        lk_compact *compact;
+        CHECK(lk_compact_create(handle, &args.weight, &compact) == LK_OK && lk_compact_bytes(compact) > 0);
+        std::fill(y.begin(), y.end(), -7.f);
+        args.weight.compact = compact;
+        CHECK(lk_linear(handle, &args, nullptr) == LK_OK);
+        check();
+        args.weight.in_features++;
+        CHECK(lk_linear(handle, &args, nullptr) == LK_INVALID_ARGUMENT);
+        lk_compact_destroy(compact);
+    }
+}
+
+// What has no compact form says so, and so does what is not of bfloat16.
+static void not_compact(lk_handle *handle) {
+    lk_compact *compact;
+    Matrix spread, floats;
+    make(spread, LK_WEIGHT_BFLOAT16, 64, 64, 0);
+    for (size_t i = 0; i < spread.halves.size(); i++) spread.halves[i] = (uint16_t)(i * 8); // every power of two
+    CHECK(lk_compact_create(handle, &spread.weight, &compact) == LK_UNSUPPORTED && !compact);
+    CHECK(std::strstr(lk_last_error(handle), reads_compact(handle) ? "upper bytes" : "portable"));
+    make(floats, LK_WEIGHT_FLOAT32, 64, 64, 0);
+    CHECK(lk_compact_create(handle, &floats.weight, &compact) == LK_UNSUPPORTED && !compact);
+    CHECK(lk_compact_create(handle, nullptr, &compact) == LK_INVALID_ARGUMENT);
+    CHECK(lk_compact_bytes(nullptr) == 0);
+    lk_compact_destroy(nullptr);
 }
 
 // The same with bfloat16 activations, bias and result: what may be multiplied in tiles.
@@ -167,7 +201,12 @@ static void half_linear(lk_handle *handle, lk_weight_format format, int64_t rows
     args.rows = rows, args.weight = m.weight, args.x = x.data(), args.bias = bias.data(), args.out = y.data();
     if (out % 2) args.weight.group_pairs = nullptr; // 4 bits: scales and offsets apart
     args.weight.group_scale = m.group_scale.data(), args.weight.group_offset = m.group_offset.data();
+    lk_compact *compact = nullptr;
+    if (format == LK_WEIGHT_BFLOAT16 && out != 16 && reads_compact(handle))
+        CHECK(lk_compact_create(handle, &m.weight, &compact) == LK_OK);
+    args.weight.compact = compact;
     CHECK(lk_linear(handle, &args, nullptr) == LK_OK);
+    lk_compact_destroy(compact);
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t n = 0; n < out; n++) {
             double size, exact = product(m, values.data() + r * x_stride, n, &size) + whole(bias[(size_t)n]);
@@ -593,6 +632,7 @@ int main(int count, char **words) {
                     coarse_head(handle, LK_WEIGHT_INT8, 128, rows, out, in);
                     for (int64_t group : {64, 128, 256}) coarse_head(handle, LK_WEIGHT_INT4, group, rows, out, in);
                 }
+        not_compact(handle);
         decode(handle);
         for (lk_dtype dtype : {LK_FLOAT32, LK_BFLOAT16}) likeliest(handle, dtype);
         rounded_screen(handle);
