@@ -157,16 +157,17 @@ def _products(layers: Any) -> list[library.Weight]:
 
 
 def _compact(handle: library.Handle, weights: list[library.Weight], wanted: bool | None) -> list[library.Compact]:
-    """Compact forms of the bfloat16 ones, which are told of them; none where they are not wanted.
+    """Compact forms of a bfloat16 model's weights, which are told of them; none where they are not wanted.
 
     wanted: as EngineConfig.compact_weights.
     """
-    halves = [weight for weight in weights if weight.format == library.BFLOAT16]
-    needed = sum(weight.out_features * weight.in_features for weight in halves) * 3 // 2
-    if wanted is False or (wanted is None and 4 * needed > free_bytes(torch.device("cpu"))):
+    needed = sum(weight.out_features * weight.in_features for weight in weights) * 3 // 2
+    if wanted is False or any(weight.format != library.BFLOAT16 for weight in weights):
+        return []
+    if wanted is None and 4 * needed > free_bytes(torch.device("cpu")):
         return []
     made = []
-    for weight in halves:
+    for weight in weights:
         try:
             made.append(library.Compact(handle, weight))
         except library.LibraryError as error:

@@ -105,8 +105,8 @@ def test_weights_are_compact_in_bfloat16_where_there_is_memory(monkeypatch):
     assert native(made).compact == []
     assert len(native(made, compact_weights=True).compact) == products
     assert native(model(), compact_weights=True).compact == []  # float32
-    quantize(made, "int4")
-    assert len(native(made, compact_weights=True).compact) == 1  # the head
+    quantize(made, "int4")  # of which only the head is left: little to be won
+    assert native(made, compact_weights=True).compact == []
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
