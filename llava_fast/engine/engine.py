@@ -42,7 +42,8 @@ class Engine:
     """Continuous batching over a paged cache, inside the caller's process.
 
     Nothing process-wide is touched, and several engines may stand in one process, on one model even. The model must
-    not be trained while an engine uses it.
+    not be trained while an engine uses it, nor its weights be changed otherwise: on a CPU an engine has forms of them
+    that are made once.
 
     Args:
         model: in the dtype and on the device that it is to run in.

@@ -50,26 +50,21 @@ constexpr int64_t place_of(int64_t i) {
     return i / 32 * 32 + 8 * PLACES[i / 8 % 4];
 }
 
-// Values of a row into its blocks; what those that have another upper byte miss is put behind `places` and `missing`.
-void put_row(const uint16_t *row, int64_t width, const int8_t (&index)[256], uint8_t in_place, uint8_t *to,
-             std::vector<int32_t> &places, std::vector<float> &missing) {
+using Index = int8_t[256]; // which of the 16 an upper byte is, or -1
+
+// Values of a row into its blocks; returns how many have another upper byte, in whose place a value of upper byte 0 stands.
+int64_t put_row(const uint16_t *row, int64_t width, const Index &index, uint8_t *to) {
     constexpr int64_t BLOCK = lk_compact::BLOCK, RUN = 8;
+    int64_t others = 0;
     for (int64_t from = 0; from < width; from += BLOCK, to += lk_compact::BYTES) {
+        const int64_t count = std::min(BLOCK, width - from);
         uint16_t values[BLOCK] = {};
-        std::copy_n(row + from, std::min(BLOCK, width - from), values);
+        std::copy_n(row + from, count, values);
         uint8_t lower[BLOCK];
         int8_t upper[BLOCK], all = 0;
-        for (int64_t i = 0; i < BLOCK; i++) {
-            lower[i] = (uint8_t)values[i], upper[i] = index[values[i] >> 8];
-            all |= upper[i];
-        }
-        for (int64_t i = 0; all < 0 && i < BLOCK; i++) {
-            if (upper[i] >= 0) continue;
-            upper[i] = 0, lower[i] = 0;
-            if (from + i >= width) continue;
-            places.push_back((int32_t)(from + i));
-            missing.push_back(number(values[i]) - number(in_place << 8));
-        }
+        for (int64_t i = 0; i < BLOCK; i++) lower[i] = (uint8_t)values[i], upper[i] = index[values[i] >> 8], all |= upper[i];
+        for (int64_t i = 0; all < 0 && i < BLOCK; i++)
+            if (upper[i] < 0) lower[i] = 0, upper[i] = 0, others += i < count;
         std::memset(to + BLOCK, 0, BLOCK / 2);
         for (int64_t i = 0; i < BLOCK; i += RUN) {
             const int64_t at = place_of(i);
@@ -80,6 +75,13 @@ void put_row(const uint16_t *row, int64_t width, const int8_t (&index)[256], uin
             std::memcpy(to + BLOCK + at % (BLOCK / 2), &both, RUN);
         }
     }
+    return others;
+}
+
+// The values of a row that have another upper byte. in_place: what stands in their place.
+void list_row(const uint16_t *row, int64_t width, const Index &index, float in_place, int32_t *at, float *missing) {
+    for (int64_t k = 0; k < width; k++)
+        if (index[row[k] >> 8] < 0) *at++ = (int32_t)k, *missing++ = number(row[k]) - in_place;
 }
 
 } // namespace
@@ -104,32 +106,27 @@ lk_status lk_compact_create(lk_handle *handle, const lk_weight *weight, lk_compa
         const int64_t rows = weight->out_features, width = weight->in_features;
         made->out_features = rows, made->in_features = width;
         made->row_bytes = cdiv(width, lk_compact::BLOCK) * lk_compact::BYTES;
-        const int64_t parts = std::min<int64_t>(4 * cpu.pool->threads(), rows);
         std::ranges::copy(commonest(*weight), made->upper);
-        int8_t index[256];
+        Index index;
         std::fill_n(index, 256, int8_t{-1});
         for (int i = 0; i < 16; i++) index[made->upper[i]] = (int8_t)i;
         uint8_t *data = made->memory.at_least(rows * made->row_bytes);
-        std::vector<std::vector<int32_t>> places(parts);
-        std::vector<std::vector<float>> missing(parts);
         made->firsts.assign(rows + 1, 0); // for now how many the row before has
-        const size_t most = rows * width / LIST_SHARE + 16; // the smallest have few of anything
-        cpu.pool->each(parts, [&](int64_t part, int) {
-            auto &own = places[part];
-            for (int64_t n = part * rows / parts; n < (part + 1) * rows / parts && own.size() <= most; n++) {
-                const size_t before = own.size();
-                put_row(row_of(*weight, n), width, index, made->upper[0], data + n * made->row_bytes, own, missing[part]);
-                made->firsts[n + 1] = (int64_t)(own.size() - before);
-            }
+        share_rows(cpu, rows, width, [&](int64_t first, int64_t last, int64_t) {
+            for (int64_t n = first; n < last; n++)
+                made->firsts[n + 1] = put_row(row_of(*weight, n), width, index, data + n * made->row_bytes);
         });
         std::partial_sum(made->firsts.begin(), made->firsts.end(), made->firsts.begin());
-        if ((size_t)made->firsts[rows] > most)
-            return lk_fail(handle, LK_UNSUPPORTED, "more than one in %lld weights has none of the 16 commonest upper bytes",
-                           (long long)LIST_SHARE);
-        for (int64_t part = 0; part < parts; part++) {
-            made->places.insert(made->places.end(), places[part].begin(), places[part].end());
-            made->values.insert(made->values.end(), missing[part].begin(), missing[part].end());
-        }
+        const int64_t listed = made->firsts[rows];
+        if (listed > rows * width / LIST_SHARE + 16) // the smallest have few of anything
+            return lk_fail(handle, LK_UNSUPPORTED, "%lld of %lld weights have none of the 16 commonest upper bytes: more than "
+                           "one in %lld", (long long)listed, (long long)(rows * width), (long long)LIST_SHARE);
+        made->places.resize(listed), made->values.resize(listed);
+        share_rows(cpu, rows, width, [&](int64_t first, int64_t last, int64_t) {
+            for (int64_t n = first; n < last; n++)
+                if (const int64_t at = made->firsts[n]; at < made->firsts[n + 1])
+                    list_row(row_of(*weight, n), width, index, number(made->upper[0] << 8), &made->places[at], &made->values[at]);
+        });
         use_large_pages(data, rows * made->row_bytes);
         made->data = data, made->first = made->firsts.data(), made->at = made->places.data(), made->missing = made->values.data();
         *compact = made.release();

@@ -5,10 +5,10 @@
 
 #include <stdint.h>
 
-// Rows of blocks of BLOCK values: their lower bytes, and half as many with 4 bits of two values each: value i of the first
-// half below, value i of the second above. Eight bytes that stand for neighbours lie together, of each 32 values
-// the runs 0, 2, 1, 3: AVX2 puts lower and upper bytes together within halves of a vector, and what it takes from
-// the front of both halves are neighbours then. Where a row ends within a block, the rest is some finite value.
+// Rows of blocks of BLOCK values: their lower bytes, then half as many bytes with 4 bits of two values each, of one in the
+// first half of the block below and of one in the second above. The bytes of eight neighbours lie together, and of each 32
+// values those of the runs 0, 2, 1, 3: AVX2 joins lower and upper bytes within halves of a vector, and what it takes from the
+// front of both halves are neighbours then. Where a row ends within a block, the rest is some finite value.
 struct lk_compact {
     static constexpr int64_t BLOCK = 128, BYTES = BLOCK / 2 * 3;
     int64_t out_features, in_features, row_bytes;
