@@ -229,7 +229,8 @@ typedef struct lk_decoder_args {
                                   * l2, from what the screen and the activations' 16 bits make of it */
     int activation_bits;         /* 8: activations that meet weights of 8 and 4 bits are rounded to 8 bits for each 64 values,
                                   * where that is faster ("avxvnni" from five rows on, "avx512vnni" and "avx512bf16" from
-                                  * six or eight); 0 or 16: never */
+                                  * six or eight; "avx2" from seven and "avx512" from eight, of 4 bits alone); 0 or 16:
+                                  * never */
 } lk_decoder_args;
 typedef struct lk_decoder lk_decoder;
 

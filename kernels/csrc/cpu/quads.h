@@ -1,6 +1,7 @@
-// Weights of 8 and 4 bits that meet many activations rounded to 8 bits, by the integer products of AVX-512-VNNI or AVX-VNNI:
-// a vector holds four values of K of each of 16 or 8 activations, and meets the same four codes of a feature in all lanes.
-// Codes are multiplied as they lie: the activations' values are put in the order of the weight's bytes (IN_QUADS).
+// Weights of 8 and 4 bits that meet many activations rounded to 8 bits, by the integer products of AVX-512-VNNI or AVX-VNNI,
+// those of 4 bits by AVX2's and AVX-512's too: a vector holds four values of K of each of 16 or 8 activations, and meets the
+// same four codes of a feature in all lanes. Codes are multiplied as they lie: the activations' values are put in the order of
+// the weight's bytes (IN_QUADS).
 #pragma once
 
 #include "activations.h"
@@ -12,9 +13,14 @@
 namespace {
 
 // AMX multiplies more at a time, if as bfloat16.
-#if (defined(__AVX512VNNI__) || defined(__AVXVNNI__)) && !defined(__AMX_BF16__)
+#if defined(__AVX2__) && !defined(__AMX_BF16__)
 #define LK_QUADS
-constexpr int64_t QUAD_ROWS = L == 16 ? 6 : 5, HALF_QUAD_ROWS = L == 16 ? 8 : 5, BLOCK = lk::QUAD_BLOCK;
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool VNNI = true;
+#else
+constexpr bool VNNI = false;
+#endif
+constexpr int64_t QUAD_ROWS = !VNNI ? lk::NEVER : L == 16 ? 6 : 5, HALF_QUAD_ROWS = L == 16 ? 8 : VNNI ? 5 : 7, BLOCK = lk::QUAD_BLOCK;
 
 // ---- activations
 
@@ -84,14 +90,21 @@ void prepare_quads(const lk_weight &weight, const lk::Source &source, int64_t fi
 // ---- products
 
 #if LK_LANES == 16
-INLINE vi dot(vi total, vu codes, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)x); }
 INLINE vu four_codes(const uint8_t *w) { return (vu)_mm512_set1_epi32(load<int>(w)); }
 #else
-INLINE vi dot(vi total, vu codes, vi x) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)x); }
 INLINE vu four_codes(const uint8_t *w) { return (vu)_mm256_set1_epi32(load<int>(w)); }
 #endif
 
 // N features, which lie `apart` bytes from each other, with R vectors of activations, `rows` bytes apart, over a block.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+INLINE vi dot(vi total, vu codes, vi x) {
+#if LK_LANES == 16
+    return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)x);
+#else
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)x);
+#endif
+}
+
 template <int BITS, int R, int N>
 INLINE void meet_block(const uint8_t *w, int64_t apart, const int8_t *x, int64_t rows, vi (&total)[R][N]) {
     constexpr int64_t BYTES = BLOCK * BITS / 8; // of a feature
@@ -106,6 +119,35 @@ INLINE void meet_block(const uint8_t *w, int64_t apart, const int8_t *x, int64_t
         }
     }
 }
+#else
+#if LK_LANES == 16
+typedef int16_t v16 __attribute__((vector_size(64)));
+INLINE v16 pairs(vu codes, vi x) { return (v16)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x); }
+INLINE vi added(v16 pairs) { return (vi)_mm512_madd_epi16((__m512i)pairs, (__m512i)(1 - v16{})); }
+#else
+typedef int16_t v16 __attribute__((vector_size(32)));
+INLINE v16 pairs(vu codes, vi x) { return (v16)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x); }
+INLINE vi added(v16 pairs) { return (vi)_mm256_madd_epi16((__m256i)pairs, (__m256i)(1 - v16{})); }
+#endif
+
+// Sums of eight pairs of products fit 16 bits: 8 * 2 * 15 * 127 < 2^15.
+template <int BITS, int R, int N>
+INLINE void meet_block(const uint8_t *w, int64_t apart, const int8_t *x, int64_t rows, vi (&total)[R][N]) {
+    static_assert(BITS == 4);
+    constexpr int64_t BYTES = BLOCK * BITS / 8, PART = BYTES / 2; // of a feature
+    for (int64_t part = 0; part < BYTES; part += PART) {
+        v16 sums[R][N] = {};
+        for (int64_t i = part; i < part + PART; i += 4)
+            for (int n = 0; n < N; n++) {
+                const vu codes = four_codes(w + n * apart + i), lower = codes & 0x0f0f0f0fu, upper = codes >> 4 & 0x0f0f0f0fu;
+                for (int r = 0; r < R; r++) sums[r][n] += pairs(lower, load<vi>(x + i * SIDE + r * rows));
+                for (int r = 0; r < R; r++) sums[r][n] += pairs(upper, load<vi>(x + (BYTES + i) * SIDE + r * rows));
+            }
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < N; n++) total[r][n] += added(sums[r][n]);
+    }
+}
+#endif
 
 // N features, `apart` from each other, with R times SIDE activations over values from..to - 1 of K; out: of R squares the
 // rows of these features, which are added to where there is more.
@@ -152,7 +194,7 @@ __attribute__((noinline)) void meet(const lk_weight &weight, int64_t feature, in
 template <int BITS, int R>
 INLINE void multiply_quads(const lk_weight &weight, int64_t feature, int64_t apart, int64_t features, const lk::Panel &panel,
                            int64_t row, int64_t from, int64_t to, float *out) {
-    constexpr int N = R == 1 ? 8 : R == 2 && L == 16 ? 6 : 4;
+    constexpr int N = R == 1 ? 8 : R == 2 && L == 16 ? 6 : R > 2 && L == 8 ? 2 : 4;
     constexpr int REST = SIDE % N ? SIDE % N : 1;
     const int64_t ahead = apart == 1 ? N * panel.stride * BITS / 8 : 512;
     auto some = [&](auto of_so_many, int n, int64_t distance) {
@@ -176,20 +218,22 @@ void quads_of(const lk_weight &weight, const lk::Panel &panel, int64_t row, int6
     in_pieces<R, GROUP>(multiply, run * SIDE, count, panel.stride, PIECE, rows, weight.scale + first, out, stride, add);
 }
 
+constexpr int64_t SQUARES = L == 16 || !VNNI ? 4 : 2; // that weights meet at a time, as registers allow
+
+template <int BITS, class... Rest>
+void squares_of(int64_t squares, const Rest &...rest) {
+    if (squares == 1) return quads_of<BITS, 1>(rest...);
+    if (squares == 2) return quads_of<BITS, 2>(rest...);
+    if constexpr (SQUARES == 4) return (squares == 3 ? quads_of<BITS, 3> : quads_of<BITS, 4>)(rest...);
+}
+
 void quad_products(const lk_weight &weight, const lk::Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
                    float *out, int64_t stride, bool add) {
-#if LK_LANES == 16
-    constexpr int64_t SQUARES = 4; // that weights meet at a time, as registers allow
-    constexpr decltype(&quads_of<8, 1>) OF[2][SQUARES] = {{quads_of<8, 1>, quads_of<8, 2>, quads_of<8, 3>, quads_of<8, 4>},
-                                                          {quads_of<4, 1>, quads_of<4, 2>, quads_of<4, 3>, quads_of<4, 4>}};
-#else
-    constexpr int64_t SQUARES = 2;
-    constexpr decltype(&quads_of<8, 1>) OF[2][SQUARES] = {{quads_of<8, 1>, quads_of<8, 2>}, {quads_of<4, 1>, quads_of<4, 2>}};
-#endif
     for (int64_t m = 0; m < rows; m += SQUARES * SIDE) {
-        const int64_t some = least(SQUARES * SIDE, rows - m);
-        OF[weight.format == LK_WEIGHT_INT4][(some - 1) / SIDE](weight, panel, row + m, some, first, count, out + m * stride,
-                                                              stride, add);
+        const int64_t some = least(SQUARES * SIDE, rows - m), squares = (some + SIDE - 1) / SIDE;
+        float *to = out + m * stride;
+        if (weight.format == LK_WEIGHT_INT4) squares_of<4>(squares, weight, panel, row + m, some, first, count, to, stride, add);
+        else if constexpr (VNNI) squares_of<8>(squares, weight, panel, row + m, some, first, count, to, stride, add);
     }
 }
 #else

@@ -600,6 +600,30 @@ static void cores_stay() {
 #endif
 }
 
+// The largest codes of 4 bits with the largest activations of 8: no sum on the way may overflow.
+static void largest_codes(lk_handle *handle) {
+    constexpr int64_t ROWS = 33, OUT = 17, IN = 256, GROUP = 128;
+    const List<uint8_t> codes(OUT * IN / 2, 0xff);
+    const List<uint32_t> pairs(OUT * 8, 0x3f800000); // scale 1, offset 0
+    const List<float> scale(OUT, 1.f), norm(IN, 1.f);
+    const float table[2] = {1, 0};
+    const lk_layer none{};
+    lk_decoder_args args{};
+    args.width = IN, args.heads = args.kv_heads = 1, args.head_dim = 2, args.layer = &none, args.norm = norm.data();
+    args.head.format = LK_WEIGHT_INT4, args.head.out_features = OUT, args.head.in_features = IN, args.head.data = codes.data();
+    args.head.scale = scale.data(), args.head.group_pairs = pairs.data(), args.head.group_size = GROUP;
+    args.cos = args.sin = table, args.positions = args.blocks = args.block_size = 1, args.activation_bits = 8;
+    lk_decoder *decoder;
+    CHECK(lk_decoder_create(handle, &args, &decoder) == LK_OK);
+    for (float sign : {1.f, -1.f}) {
+        const List<float> hidden(ROWS * IN, sign);
+        List<float> logits(ROWS * OUT);
+        CHECK(lk_decoder_head(decoder, ROWS, hidden.data(), logits.data()) == LK_OK);
+        for (float y : logits) CHECK(std::fabs(y - sign * 15 * IN) < 1);
+    }
+    lk_decoder_destroy(decoder);
+}
+
 int main(int count, char **words) {
     const char *name = count > 1 ? words[1] : "threads";
     if (!std::strcmp(name, "threads")) return many_calls(), cores_stay(), failures != 0;
@@ -632,6 +656,7 @@ int main(int count, char **words) {
                     coarse_head(handle, LK_WEIGHT_INT8, 128, rows, out, in);
                     for (int64_t group : {64, 128, 256}) coarse_head(handle, LK_WEIGHT_INT4, group, rows, out, in);
                 }
+        largest_codes(handle);
         not_compact(handle);
         decode(handle);
         for (lk_dtype dtype : {LK_FLOAT32, LK_BFLOAT16}) likeliest(handle, dtype);
