@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llava_fast.config import TextConfig
 from llava_fast.engine.config import EngineConfig
+from llava_fast.engine.memory import free_bytes
 from llava_fast.errors import ConfigError
 
 FP8 = torch.float8_e4m3fn
@@ -51,16 +52,6 @@ class KVCache:
 
 def _fraction(config: EngineConfig, device: torch.device) -> float:
     return config.memory_fraction or (0.9 if device.type == "cuda" else 0.25)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Of memory that may be had without anything being moved out."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["MemAvailable"].split()[0]) << 10
 
 
 def _large_pages(count: int) -> mmap.mmap:

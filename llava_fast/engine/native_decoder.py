@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llava_fast.engine.config import EngineConfig
 from llava_fast.engine.inputs import StepInputs
-from llava_fast.engine.kv_cache import KVCache, free_bytes
+from llava_fast.engine.kv_cache import KVCache
+from llava_fast.engine.memory import free_bytes
 from llava_fast.engine.screen import Screen
 from llava_fast.model import Llava
 from llava_fast.model.linear import Linear
@@ -161,9 +162,9 @@ def _compact(handle: library.Handle, weights: list[library.Weight], wanted: bool
 
     wanted: as EngineConfig.compact_weights.
     """
-    needed = sum(weight.out_features * weight.in_features for weight in weights) * 3 // 2
     if wanted is False or any(weight.format != library.BFLOAT16 for weight in weights):
         return []
+    needed = sum(weight.out_features * weight.in_features for weight in weights) * 3 // 2
     if wanted is None and 4 * needed > free_bytes(torch.device("cpu")):
         return []
     made = []

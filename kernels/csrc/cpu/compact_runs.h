@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t COMPACT_ROWS = 2;
 typedef uint8_t vb __attribute__((vector_size(4 * L)));
-typedef uint16_t vw __attribute__((vector_size(4 * L)));
 
 INLINE vb table_of(const lk_compact &weight) { // in each quarter or half of a vector
     uint8_t bytes[4 * L];

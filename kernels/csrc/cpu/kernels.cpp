@@ -207,9 +207,57 @@ void tile(const lk_weight &weight, int64_t n, int64_t apart, const typename W::V
     put<M, N>(total, out, out_stride, apart, add);
 }
 
+#if defined(LK_COMPACT)
+// The compact form of a weight, where so many rows meet that in place of the weight.
+const lk_compact *compact_for(const lk_weight &weight, int64_t rows) {
+    static_assert(COMPACT_ROWS == 2); // tiles() has one and two
+    return rows <= COMPACT_ROWS ? weight.compact : nullptr;
+}
+
+// M rows of x with N of a compact weight's, which lie `apart` rows from each other; without what stands in its list.
+template <class W, int M, int N>
+void compact_tile(const lk_compact &weight, int64_t n, int64_t apart, const typename W::Value *x, int64_t stride, float *out,
+                  int64_t out_stride, bool add) {
+    constexpr int64_t AHEAD = 256; // bytes
+    const vb upper = table_of(weight);
+    vf total[2][N][M] = {}; // two sets of sums: one alone would wait for itself
+    const uint8_t *w[N];
+    for (int i = 0; i < N; i++) w[i] = weight.data + (n + i * apart) * weight.row_bytes;
+    for (int64_t k = 0; k < weight.in_features; k += lk_compact::BLOCK)
+#pragma GCC unroll 4 // or the sums would lie in memory
+        for (int i = 0; i < N; i++) {
+            for (int64_t line = 0; line < lk_compact::BYTES; line += 64) __builtin_prefetch(w[i] + AHEAD + line);
+            each_run(w[i], upper, [&](int run, vu words) {
+                W::template meet<M>(total[run % 2][i], x + k + run * PAIR, stride, words);
+            });
+            w[i] += lk_compact::BYTES;
+        }
+    vf turned[M][N];
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < N; i++) turned[m][i] = total[0][i][m] + total[1][i][m];
+    put<M, N>(turned, out, out_stride, apart, add);
+}
+
+// What a compact weight's list adds to what has been made of its blocks.
+template <class W>
+void add_listed(const lk_compact &weight, const typename W::Value *x, int64_t stride, int64_t rows, int64_t first,
+                int64_t count, float *out, int64_t out_stride) {
+    const int64_t *list = weight.first + first;
+    for (int64_t n = 0; list[n] < list[count]; n++)
+        for (int64_t i = list[n]; i < list[n + 1]; i++)
+            for (int64_t m = 0; m < rows; m++)
+                out[m * out_stride + n] += weight.missing[i] * W::of_row(x + m * stride, weight.at[i]);
+}
+#endif
+
 template <class W, int N>
 void tiles(const lk_weight &weight, int64_t n, int64_t apart, const typename W::Value *x, int64_t stride, int64_t rows,
            float *out, int64_t out_stride, bool add) {
+#if defined(LK_COMPACT)
+    if constexpr (W::SIZE == 2)
+        if (const lk_compact *compact = compact_for(weight, rows))
+            return (rows == 1 ? compact_tile<W, 1, N> : compact_tile<W, 2, N>)(*compact, n, apart, x, stride, out, out_stride, add);
+#endif
     int64_t m = 0;
     if constexpr (ROWS < 4) {
         if (constexpr int HALF = (N + 1) / 2; rows == 4) {
@@ -240,56 +288,12 @@ void few_rows(const lk_weight &weight, const typename W::Value *x, int64_t strid
     for (int64_t n = 0; n < run; n++) tiles<W, WIDE>(weight, first + n, run, x, stride, rows, out + n, out_stride, add);
     for (int64_t n = WIDE * run; n < count; n++)
         tiles<W, 1>(weight, first + n, 1, x, stride, rows, out + n, out_stride, add);
-}
-
 #if defined(LK_COMPACT)
-// M rows of x with N of a compact weight's, which lie `apart` rows from each other; without what stands in its list.
-template <class W, int M, int N>
-void compact_tile(const lk_compact &weight, int64_t n, int64_t apart, const typename W::Value *x, int64_t stride, float *out,
-                  int64_t out_stride, bool add) {
-    constexpr int64_t AHEAD = 256; // bytes
-    const vb upper = table_of(weight);
-    vf total[2][N][M] = {}; // two sets of sums: one alone would wait for itself
-    const uint8_t *w[N];
-    for (int i = 0; i < N; i++) w[i] = weight.data + (n + i * apart) * weight.row_bytes;
-    for (int64_t k = 0; k < weight.in_features; k += lk_compact::BLOCK)
-#pragma GCC unroll 4 // or the sums would lie in memory
-        for (int i = 0; i < N; i++, w[i - 1] += lk_compact::BYTES) {
-            for (int64_t line = 0; line < lk_compact::BYTES; line += 64) __builtin_prefetch(w[i] + AHEAD + line);
-            each_run(w[i], upper, [&](int run, vu words) {
-                W::template meet<M>(total[run % 2][i], x + k + run * PAIR, stride, words);
-            });
-        }
-    vf turned[M][N];
-    for (int m = 0; m < M; m++)
-        for (int i = 0; i < N; i++) turned[m][i] = total[0][i][m] + total[1][i][m];
-    put<M, N>(turned, out, out_stride, apart, add);
-}
-
-// What a compact weight's list adds to what has been made of its blocks.
-template <class W>
-void add_listed(const lk_compact &weight, const typename W::Value *x, int64_t stride, int64_t rows, int64_t first,
-                int64_t count, float *out, int64_t out_stride) {
-    const int64_t *list = weight.first + first;
-    for (int64_t n = 0; list[n] < list[count]; n++)
-        for (int64_t i = list[n]; i < list[n + 1]; i++)
-            for (int64_t m = 0; m < rows; m++)
-                out[m * out_stride + n] += weight.missing[i] * W::of_row(x + m * stride, weight.at[i]);
-}
-
-template <class W>
-void compact_products(const lk_compact &weight, const typename W::Value *x, int64_t stride, int64_t rows, int64_t first,
-                      int64_t count, float *out, int64_t out_stride, bool add) {
-    static_assert(COMPACT_ROWS == 2);
-    auto some = [&](auto one_row, auto two_rows, int64_t n, int64_t apart) {
-        (rows == 1 ? one_row : two_rows)(weight, first + n, apart, x, stride, out + n, out_stride, add);
-    };
-    const int64_t run = count / WIDE; // runs as in few_rows
-    for (int64_t n = 0; n < run; n++) some(compact_tile<W, 1, WIDE>, compact_tile<W, 2, WIDE>, n, run);
-    for (int64_t n = WIDE * run; n < count; n++) some(compact_tile<W, 1, 1>, compact_tile<W, 2, 1>, n, 1);
-    add_listed<W>(weight, x, stride, rows, first, count, out, out_stride);
-}
+    if constexpr (W::SIZE == 2)
+        if (const lk_compact *compact = compact_for(weight, rows))
+            add_listed<W>(*compact, x, stride, rows, first, count, out, out_stride);
 #endif
+}
 
 typedef float f2 __attribute__((vector_size(8)));
 
@@ -549,19 +553,12 @@ void products(const lk_weight &weight, const Panel &panel, int64_t first_row, in
     const bool wide = panel.layout == lk::SIDE_BY_SIDE;
 #if defined(__AVX512BF16__)
     if (panel.layout == lk::IN_TILES) return tile_products(weight, panel, first_row, rows, first, count, out, out_stride, add);
-    if (panel.layout == lk::IN_PAIRS && weight.compact && rows <= COMPACT_ROWS)
-        return compact_products<Pairs>(*weight.compact, panel.halves + first_row * panel.stride, panel.stride, rows, first,
-                                       count, out, out_stride, add);
     if (panel.layout == lk::IN_PAIRS)
         return few_rows<Pairs>(weight, panel.halves + first_row * panel.stride, panel.stride, rows, first, count, out,
                                out_stride, add);
 #endif
 #if defined(LK_QUADS)
     if (panel.layout == lk::IN_QUADS) return quad_products(weight, panel, first_row, rows, first, count, out, out_stride, add);
-#endif
-#if defined(LK_COMPACT)
-    if (weight.compact && rows <= COMPACT_ROWS && !wide)
-        return compact_products<Bfloat16>(*weight.compact, x, panel.stride, rows, first, count, out, out_stride, add);
 #endif
     switch (weight.format) {
     case LK_WEIGHT_FLOAT32:

@@ -16,11 +16,14 @@ namespace {
 #if defined(__AVX2__) && !defined(__AMX_BF16__)
 #define LK_QUADS
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define LK_VNNI
 constexpr bool VNNI = true;
+constexpr int64_t QUAD_ROWS = L == 16 ? 6 : 5, HALF_QUAD_ROWS = L == 16 ? 8 : 5;
 #else
 constexpr bool VNNI = false;
+constexpr int64_t QUAD_ROWS = lk::NEVER, HALF_QUAD_ROWS = L == 16 ? 8 : 7;
 #endif
-constexpr int64_t QUAD_ROWS = !VNNI ? lk::NEVER : L == 16 ? 6 : 5, HALF_QUAD_ROWS = L == 16 ? 8 : VNNI ? 5 : 7, BLOCK = lk::QUAD_BLOCK;
+constexpr int64_t BLOCK = lk::QUAD_BLOCK;
 
 // ---- activations
 
@@ -96,14 +99,12 @@ INLINE vu four_codes(const uint8_t *w) { return (vu)_mm256_set1_epi32(load<int>(
 #endif
 
 // N features, which lie `apart` bytes from each other, with R vectors of activations, `rows` bytes apart, over a block.
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-INLINE vi dot(vi total, vu codes, vi x) {
+#if defined(LK_VNNI)
 #if LK_LANES == 16
-    return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)x);
+INLINE vi dot(vi total, vu codes, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)x); }
 #else
-    return (vi)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)x);
+INLINE vi dot(vi total, vu codes, vi x) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)x); }
 #endif
-}
 
 template <int BITS, int R, int N>
 INLINE void meet_block(const uint8_t *w, int64_t apart, const int8_t *x, int64_t rows, vi (&total)[R][N]) {
@@ -121,13 +122,9 @@ INLINE void meet_block(const uint8_t *w, int64_t apart, const int8_t *x, int64_t
 }
 #else
 #if LK_LANES == 16
-typedef int16_t v16 __attribute__((vector_size(64)));
-INLINE v16 pairs(vu codes, vi x) { return (v16)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x); }
-INLINE vi added(v16 pairs) { return (vi)_mm512_madd_epi16((__m512i)pairs, (__m512i)(1 - v16{})); }
+INLINE vw two_products(vu codes, vi x) { return (vw)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x); }
 #else
-typedef int16_t v16 __attribute__((vector_size(32)));
-INLINE v16 pairs(vu codes, vi x) { return (v16)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x); }
-INLINE vi added(v16 pairs) { return (vi)_mm256_madd_epi16((__m256i)pairs, (__m256i)(1 - v16{})); }
+INLINE vw two_products(vu codes, vi x) { return (vw)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x); }
 #endif
 
 // Sums of eight pairs of products fit 16 bits: 8 * 2 * 15 * 127 < 2^15.
@@ -136,15 +133,15 @@ INLINE void meet_block(const uint8_t *w, int64_t apart, const int8_t *x, int64_t
     static_assert(BITS == 4);
     constexpr int64_t BYTES = BLOCK * BITS / 8, PART = BYTES / 2; // of a feature
     for (int64_t part = 0; part < BYTES; part += PART) {
-        v16 sums[R][N] = {};
+        vw sums[R][N] = {};
         for (int64_t i = part; i < part + PART; i += 4)
             for (int n = 0; n < N; n++) {
                 const vu codes = four_codes(w + n * apart + i), lower = codes & 0x0f0f0f0fu, upper = codes >> 4 & 0x0f0f0f0fu;
-                for (int r = 0; r < R; r++) sums[r][n] += pairs(lower, load<vi>(x + i * SIDE + r * rows));
-                for (int r = 0; r < R; r++) sums[r][n] += pairs(upper, load<vi>(x + (BYTES + i) * SIDE + r * rows));
+                for (int r = 0; r < R; r++) sums[r][n] += two_products(lower, load<vi>(x + i * SIDE + r * rows));
+                for (int r = 0; r < R; r++) sums[r][n] += two_products(upper, load<vi>(x + (BYTES + i) * SIDE + r * rows));
             }
         for (int r = 0; r < R; r++)
-            for (int n = 0; n < N; n++) total[r][n] += added(sums[r][n]);
+            for (int n = 0; n < N; n++) total[r][n] = multiply_add(total[r][n], sums[r][n], 1 - vw{});
     }
 }
 #endif

@@ -26,6 +26,7 @@ typedef int32_t vi __attribute__((vector_size(4 * L)));
 typedef uint32_t vu __attribute__((vector_size(4 * L)));
 typedef uint16_t vh __attribute__((vector_size(2 * L)));
 typedef int16_t vs __attribute__((vector_size(2 * L)));
+typedef uint16_t vw __attribute__((vector_size(4 * L))); // as long as a vf
 typedef float f4 __attribute__((vector_size(16)));
 typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
