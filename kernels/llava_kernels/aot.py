@@ -28,6 +28,7 @@ import llava_kernels
 from llava_kernels.ahead import fill
 from llava_kernels.build import ARCHS, Build, Compiled, compile_for
 from llava_kernels.embed import c_source
+from llava_kernels.report import rows as report_rows
 
 WORKERS = 2  # the compiler takes a few hundred MB for the largest kernels
 MANY = 8  # kernels that take longer to compile than processes take to begin
@@ -60,14 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CompileError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    rows = [one.row() for one in compiled]
+    report = options.report or not (options.json or options.out)
+    rows = report_rows(compiled) if options.json or report else []
     if options.json:
         write(options.json, json.dumps(rows, indent=1) + "\n")
     if options.out:
         for one in compiled:
             write(options.out / f"{one.name}.sm_{one.arch}.cubin", one.cubin)
         write(options.out / "kernels.c", c_source(compiled))
-    if options.report or not (options.json or options.out):
+    if report:
         print(table(rows))
     return 0
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import triton
@@ -56,15 +52,12 @@ class Argument:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What came out: the code and what it takes of the card."""
+    """What came out: the code and what a launch must know of it."""
 
     name: str
     arch: int
     kind: Kind
-    registers: int  # a thread
-    spills: int  # bytes of local memory a thread: stack and spilled registers
     shared_bytes: int  # a block
-    instructions: dict[str, int]  # SASS counts: HGMMA, HMMA, LDGSTS (asynchronous copies), UTMALDG, LDG.128, STG.128
     num_warps: int
     entry: str  # name of the function in the cubin
     function: str  # name of the Triton function
@@ -72,19 +65,6 @@ class Compiled:
     constants: dict[str, Any]
     scratch_bytes: int  # scratch memory that a launch has to bring
     cubin: bytes
-
-    def row(self) -> dict[str, Any]:
-        """The report's line: everything but the code."""
-        return {
-            "kernel": self.name,
-            "arch": f"sm_{self.arch}",
-            "kind": self.kind,
-            "registers": self.registers,
-            "spills": self.spills,
-            "shared_bytes": self.shared_bytes,
-            "num_warps": self.num_warps,
-            **self.instructions,
-        }
 
 
 def compile_for(build: Build, arch: int) -> Compiled:
@@ -102,22 +82,11 @@ def compile_for(build: Build, arch: int) -> Compiled:
     )
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage, sass = _disassemble(kernel.asm["cubin"])
     return Compiled(
         name=build.name,
         arch=arch,
         kind=build.kind,
-        registers=int(_one(r"REG:(\d+)", usage)),
-        spills=int(_one(r"STACK:(\d+)", usage)) + int(_one(r"LOCAL:(\d+)", usage)),
         shared_bytes=kernel.metadata.shared,
-        instructions={
-            "HGMMA": len(re.findall(r"\bHGMMA\.", sass)),
-            "HMMA": len(re.findall(r"\bHMMA\.", sass)),
-            "LDGSTS": len(re.findall(r"\bLDGSTS\.", sass)),
-            "UTMALDG": len(re.findall(r"\bUTMALDG\.", sass)),
-            "LDG.128": len(re.findall(r"\bLDG\.\S*128\b", sass)),
-            "STG.128": len(re.findall(r"\bSTG\.\S*128\b", sass)),
-        },
         num_warps=kernel.metadata.num_warps,
         entry=kernel.metadata.name,
         function=build.kernel.fn.__name__,
@@ -134,25 +103,3 @@ def compile_for(build: Build, arch: int) -> Compiled:
 
 def _divisible(kind: str) -> bool:
     return kind.startswith("*") or kind in ("i32", "i64")
-
-
-def _one(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no {pattern}: {text[:500]}")
-    return found.group(1)
-
-
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, SASS) by the cuobjdump that Triton's package carries."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        run = [str(tools / "cuobjdump"), "--dump-resource-usage", file.name]
-        usage = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-        # nvdisasm itself: cuobjdump finds it on PATH only.
-        sass = subprocess.run(
-            [str(tools / "nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return usage, sass
