@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from llava_kernels.dispatch import chosen, constant_under_compile
 
@@ -68,6 +69,13 @@ def use_native(*tensors: Tensor | None, choices: tuple[str, ...] = ("native",)) 
         and given[0].dtype in (torch.float32, torch.bfloat16)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
     )
+
+
+def called_directly(*tensors: Tensor | None) -> bool:
+    """Whether the op that goes to the C library may be left out, and the function behind it called: nothing compiles it
+    or stands in for a tensor. torch's way to a custom op takes 150 us, and two seconds the first time, to import
+    torch._dynamo."""
+    return not torch.compiler.is_compiling() and all(type(t) in (Tensor, Parameter, type(None)) for t in tensors)
 
 
 @constant_under_compile  # which sees no mark on what a cache wraps

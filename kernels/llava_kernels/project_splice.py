@@ -48,12 +48,13 @@ def project_splice(
         ValueError: the sizes do not fit together, or the Triton kernel is to run on a dtype that it does not take.
     """
     _check(features, weight, bias, embedding, input_ids, image_rows, text_rows)
-    tensors = (features, weight, bias, embedding)
-    if use_triton(features) or native.use_native(*tensors, choices=("auto", "native")):
-        return torch.ops.llava_kernels.project_splice(
-            features, weight, bias, embedding, input_ids, image_rows, text_rows
-        )
-    return project_splice_reference(features, weight, bias, embedding, input_ids, image_rows, text_rows)
+    given = (features, weight, bias, embedding, input_ids, image_rows, text_rows)
+    fits = native.use_native(*given[:4], choices=("auto", "native"))
+    if fits and native.called_directly(*given):
+        return native.project_splice(*given)
+    if fits or use_triton(features):
+        return torch.ops.llava_kernels.project_splice(*given)
+    return project_splice_reference(*given)
 
 
 def project_splice_reference(

@@ -73,9 +73,11 @@ def sample(
     _check(logits, seeds, positions, settings, counts, in_prompt)
     if counts is None and any(p is not None for p in penalties):
         raise ValueError("penalties need counts, how often each id was generated")
-    if use_triton(logits) or native_sample.fits(logits):
-        return torch.ops.llava_kernels.sample(logits, seeds, positions, *settings, counts, in_prompt)
-    return sample_reference(logits, seeds, positions, *settings, counts, in_prompt)
+    given = (logits, seeds, positions, *settings, counts, in_prompt)
+    fits = native_sample.fits(logits)
+    if fits and native.called_directly(*given):
+        return native_sample.sample(*given)
+    return torch.ops.llava_kernels.sample(*given) if fits or use_triton(logits) else sample_reference(*given)
 
 
 def _check(

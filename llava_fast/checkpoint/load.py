@@ -17,6 +17,7 @@ from llava_fast.config import ModelConfig
 from llava_fast.errors import CheckpointError, ConfigError
 from llava_fast.model import Llava
 from llava_fast.model.lora import lora_of
+from llava_fast.model.memory import give_memory
 from llava_fast.model.quantized import check_kind, put_empty, quantized_layers
 
 FORMATS = ("hf", "authors")
@@ -89,7 +90,7 @@ def _make_quantized(model: Llava, kind: str, names: list[str], device: torch.dev
     for name in names:
         put_empty(model, kind, name)
     model.requires_grad_(False)
-    model.to_empty(device=device or "cpu")
+    give_memory(model, device or "cpu")
     model.decoder.reset_rope()
 
 

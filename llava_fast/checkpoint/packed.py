@@ -150,7 +150,9 @@ def _numbers(view: Tensor) -> Stored:
 def _codes(layer: QuantizedLinear, view: Tensor) -> Stored:
     """view: (n, words) int32 or (n, padded K) float8 of the layer, in the kernels' order."""
     kind, k = layer.kind, layer.in_features
-    made = Made(in_order(kind, view.to("meta"), k), lambda: in_order(kind, view, k))
+    row = in_order(kind, view.new_zeros(1, view.shape[1], device="cpu"), k)
+    form = row.new_empty(len(view), row.shape[1], device="meta")
+    made = Made(form, lambda: in_order(kind, view, k))
     return Stored(made, lambda tensor: view.copy_(for_kernels(kind, tensor.to(view.device), k)))
 
 

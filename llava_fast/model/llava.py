@@ -11,6 +11,7 @@ from llava_fast.errors import ConfigError
 from llava_fast.model import generation
 from llava_fast.model.decoder import Attend, Decoder, RMSNorm, turned
 from llava_fast.model.linear import Linear
+from llava_fast.model.memory import give_memory
 from llava_fast.model.projector import Projector
 from llava_fast.model.quantized import QuantizedLinear
 from llava_fast.model.vision import VisionTower
@@ -59,7 +60,7 @@ class Llava(nn.Module):
             if config.text.tie_word_embeddings
             else Linear(config.text.hidden_size, config.text.vocab_size, bias=False, dtype=dtype, device=meta)
         )
-        self.to_empty(device=device or "cpu")
+        give_memory(self, device or "cpu")
         self.decoder.reset_rope()
         if seed is not None:
             self.init_weights(seed)

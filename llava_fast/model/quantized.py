@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
         self.kind, self.in_features, self.out_features = kind, in_features, out_features
         self._empty: Any = _without_content(kind, in_features, out_features)
         for name, tensor in _tensors(self._empty).items():
-            self.register_buffer(name, torch.empty_like(tensor, device=device))
+            self.register_buffer(name, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
     @property
     def packed(self) -> Packed:
@@ -125,16 +125,25 @@ class QuantizedLinear(nn.Module):
 
 @lru_cache  # a network has few shapes, and for int4 this is 60 small steps
 def _without_content(kind: str, in_features: int, out_features: int) -> Packed:
-    """What a weight of this size is, on the meta device: the kernels' own rounding tells it."""
-    return _QUANTIZE[kind](torch.empty(out_features, in_features, device="meta"))
+    """What a weight of this size is, on the meta device: the kernels' own rounding of one row tells it."""
+    one = _QUANTIZE[kind](torch.zeros(1, in_features))
+
+    tensors: dict[str, Any] = {}
+    for name, tensor in _tensors(one).items():
+        size = list(tensor.shape)
+        size[_dimension_of_rows(one, name)] = out_features
+        tensors[name] = torch.empty(size, dtype=tensor.dtype, device="meta")
+    return replace(one, **tensors)
+
+
+def _dimension_of_rows(weight: Packed, name: str) -> int:
+    """int4's scales and offsets are (groups, N)."""
+    return 1 if isinstance(weight, Int4Weight) and name in ("scale", "offset") else 0
 
 
 def by_row(weight: Packed) -> dict[str, Tensor]:
-    """Views of a quantized weight's tensors in which row n belongs to output feature n: int4's (groups, N) turned."""
-    tensors = _tensors(weight)
-    if isinstance(weight, Int4Weight):
-        tensors |= {name: tensors[name].t() for name in ("scale", "offset")}
-    return tensors
+    """Views of a quantized weight's tensors in which row n belongs to output feature n."""
+    return {name: t.movedim(_dimension_of_rows(weight, name), 0) for name, t in _tensors(weight).items()}
 
 
 def _tensors(weight: Packed) -> dict[str, Tensor]:

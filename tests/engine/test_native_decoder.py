@@ -1,6 +1,8 @@
 """Decoding through the C library beside decoding with torch."""
 
 import os.path
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +137,24 @@ def test_activations_of_eight_bits_move_less_than_the_weights_do(kind):
 def test_other_activation_bits_are_refused():
     with pytest.raises(lf.errors.ConfigError, match="activation_bits=4 must be 8 or 16"):
         lf.EngineConfig(activation_bits=4)
+
+
+def test_a_first_answer_imports_no_compiler():
+    """torch's way to a custom op, and its shapes of tensors on the meta device, import these: seconds of each start."""
+    program = f"""
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+import llava_fast as lf, numpy as np, torch
+picture = {{"type": "image", "image": np.zeros((40, 60, 3), np.uint8)}}
+for kind in (None, "int8", "int4"):
+    model, processor = lf.load({str(Path(lf.__file__).parent / "built_in")!r}, dtype=torch.float32, quantization=kind)
+    engine = lf.Engine(model, processor, background=False)
+    for temperature in (0.0, 0.7):
+        content = [picture, {{"type": "text", "text": f"{{temperature}}?"}}]  # none goes on where another's cache ends
+        sampling = lf.SamplingParams(temperature=temperature, max_tokens=3)
+        (answer,) = engine.generate([lf.Request(messages=[{{"role": "user", "content": content}}], sampling=sampling)])
+        assert answer.error is None and answer.token_ids
+print(sorted({{"sympy", "torch._dynamo", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
