@@ -37,11 +37,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     d, c = weight.shape
     if x.shape[-1] != c or (bias is not None and bias.shape != (d,)):
         raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)} or the bias")
-    fits = native.use_native(x, weight, bias, choices=("auto", "native"))
-    if fits and native.called_directly(x, weight, bias):
-        return native.linear_gelu(x, weight, bias)
-    if fits or use_triton(x):
+    if use_triton(x):
         return torch.ops.llava_kernels.linear_gelu(x, weight, bias)
+    if native.use_native(x, weight, bias, choices=("auto", "native")):
+        return native.call(torch.ops.llava_kernels.linear_gelu, native.linear_gelu, x, weight, bias)
     return linear_gelu_reference(x, weight, bias)
 
 

@@ -71,11 +71,11 @@ def use_native(*tensors: Tensor | None, choices: tuple[str, ...] = ("native",)) 
     )
 
 
-def called_directly(*tensors: Tensor | None) -> bool:
-    """Whether the op that goes to the C library may be left out, and the function behind it called: nothing compiles it
-    or stands in for a tensor. torch's way to a custom op takes 150 us, and two seconds the first time, to import
-    torch._dynamo."""
-    return not torch.compiler.is_compiling() and all(type(t) in (Tensor, Parameter, type(None)) for t in tensors)
+def call(op: Callable[..., Any], function: Callable[..., Any], *given: Tensor | None) -> Any:
+    """The custom op ``op``, or the ``function`` behind it where nothing compiles the call or stands in for a tensor:
+    torch's way to a custom op takes 150 us, and two seconds the first time, to import torch._dynamo."""
+    direct = not torch.compiler.is_compiling() and all(type(t) in (Tensor, Parameter, type(None)) for t in given)
+    return function(*given) if direct else op(*given)
 
 
 @constant_under_compile  # which sees no mark on what a cache wraps

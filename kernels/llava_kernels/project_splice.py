@@ -49,11 +49,10 @@ def project_splice(
     """
     _check(features, weight, bias, embedding, input_ids, image_rows, text_rows)
     given = (features, weight, bias, embedding, input_ids, image_rows, text_rows)
-    fits = native.use_native(*given[:4], choices=("auto", "native"))
-    if fits and native.called_directly(*given):
-        return native.project_splice(*given)
-    if fits or use_triton(features):
+    if use_triton(features):
         return torch.ops.llava_kernels.project_splice(*given)
+    if native.use_native(features, weight, bias, embedding, choices=("auto", "native")):
+        return native.call(torch.ops.llava_kernels.project_splice, native.project_splice, *given)
     return project_splice_reference(*given)
 
 

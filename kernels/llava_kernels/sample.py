@@ -74,10 +74,11 @@ def sample(
     if counts is None and any(p is not None for p in penalties):
         raise ValueError("penalties need counts, how often each id was generated")
     given = (logits, seeds, positions, *settings, counts, in_prompt)
-    fits = native_sample.fits(logits)
-    if fits and native.called_directly(*given):
-        return native_sample.sample(*given)
-    return torch.ops.llava_kernels.sample(*given) if fits or use_triton(logits) else sample_reference(*given)
+    if use_triton(logits):
+        return torch.ops.llava_kernels.sample(*given)
+    if native_sample.fits(logits):
+        return native.call(torch.ops.llava_kernels.sample, native_sample.sample, *given)
+    return sample_reference(*given)
 
 
 def _check(

@@ -127,7 +127,6 @@ class QuantizedLinear(nn.Module):
 def _without_content(kind: str, in_features: int, out_features: int) -> Packed:
     """What a weight of this size is, on the meta device: the kernels' own rounding of one row tells it."""
     one = _QUANTIZE[kind](torch.zeros(1, in_features))
-
     tensors: dict[str, Any] = {}
     for name, tensor in _tensors(one).items():
         size = list(tensor.shape)

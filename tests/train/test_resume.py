@@ -48,6 +48,7 @@ def start_and_stop(arguments: list[str], out: Path, at_step: int, number: signal
 @pytest.mark.parametrize("stage", [1, 2])
 def test_kill_at_a_random_step(scenes_folder, tmp_path, stage, capsys):
     seed = random.randrange(1000)
+    shown = f"seed {seed}"
     at = random.Random(seed).sample(range(1, 18), stage)  # a run that was resumed is killed too, in stage 2
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main(options(scenes_folder, whole, stage)) == 0
@@ -59,16 +60,16 @@ def test_kill_at_a_random_step(scenes_folder, tmp_path, stage, capsys):
         tensors = newest[-1] / checkpoints.TENSORS
         tensors.write_bytes(tensors.read_bytes()[:-100])
     if len(newest) == 1:  # nothing whole is left: say so, name it, and go on once told to start over
-        assert main(arguments) == 1
-        assert "is truncated" in capsys.readouterr().err
-        assert main([*arguments, "--fresh"]) == 0
+        assert main(arguments) == 1, shown
+        assert "is truncated" in capsys.readouterr().err, shown
+        assert main([*arguments, "--fresh"]) == 0, shown
     else:  # two, or none where the kills came before the first was whole
-        assert main(arguments) == 0
+        assert main(arguments) == 0, shown
         told = capsys.readouterr().out
-        assert not newest or f"{newest[-1]}: {checkpoints.TENSORS} is truncated" in told
-        assert ("is truncated" in told) == bool(newest)
-    assert len(losses(whole)) == len(losses(broken)) >= 20
-    assert losses(broken) == losses(whole), f"seed {seed}"
+        assert not newest or f"{newest[-1]}: {checkpoints.TENSORS} is truncated" in told, shown
+        assert ("is truncated" in told) == bool(newest), shown
+    assert len(losses(whole)) == len(losses(broken)) >= 20, shown
+    assert losses(broken) == losses(whole), shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
