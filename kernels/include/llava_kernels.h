@@ -258,6 +258,24 @@ LK_API lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float 
  * only those of the head's features are read that can have it: the rest lie below by more than the screen is off. */
 LK_API lk_status lk_decoder_likeliest(lk_decoder *decoder, int64_t rows, const float *hidden, int64_t *tokens);
 
+/* The three in one call, for sequences that add one token each: what is small is then done here, and not by a caller whose
+ * code and data the weights have just pushed out of the caches. */
+typedef struct lk_next_args {
+    lk_dtype dtype;             /* of embedding */
+    const void *embedding;      /* (vocabulary, width) */
+    int64_t vocabulary;
+    int64_t sequences;
+    const int64_t *rows;        /* (sequences,) which of the table_rows rows of last and block_table is theirs */
+    const int64_t *computed;    /* (sequences,) tokens that the cache has of it */
+    int64_t table_rows;
+    int64_t *last;              /* (table_rows,) the token after those, which is looked up in embedding and computed */
+    const int32_t *block_table; /* (table_rows, table_stride) as in lk_paged_attention_args */
+    int64_t table_stride;
+    int64_t *tokens;            /* (sequences,) out, and into last: the likeliest next */
+    float *logits;              /* not NULL: (sequences, vocabulary) out in place of those, which a caller draws from */
+} lk_next_args;
+LK_API lk_status lk_decoder_next(lk_decoder *decoder, const lk_next_args *args);
+
 /* The next token of every row: penalties, temperature, top-k, top-p, min-p, then a draw that depends on the row's seed and
  * position and on nothing else; llava_kernels.sample says exactly how, and draws the same. Settings are (rows,) each, NULL
  * where they are off for all rows. */

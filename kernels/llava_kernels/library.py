@@ -94,6 +94,21 @@ class StepArgs(Structure):
     ]
 
 
+class NextArgs(Structure):
+    """lk_next_args."""
+
+    _fields_ = [
+        ("dtype", c_int),
+        ("embedding", c_void_p),
+        *[(name, c_int64) for name in ("vocabulary", "sequences")],
+        *[(name, c_void_p) for name in ("rows", "computed")],
+        ("table_rows", c_int64),
+        *[(name, c_void_p) for name in ("last", "block_table")],
+        ("table_stride", c_int64),
+        *[(name, c_void_p) for name in ("tokens", "logits")],
+    ]
+
+
 class VisionLayer(Structure):
     """lk_vision_layer."""
 
@@ -171,7 +186,7 @@ def _declared(library: CDLL) -> CDLL:
     library.lk_vision_tower.argtypes = [c_void_p, POINTER(VisionArgs)]
     library.lk_decoder_head.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
     library.lk_sample.argtypes = [c_void_p, c_void_p]
-    library.lk_decoder_likeliest.argtypes = [c_void_p, c_int64, c_void_p, c_void_p]
+    library.lk_decoder_next.argtypes = [c_void_p, POINTER(NextArgs)]
     library.lk_compact_create.argtypes = [c_void_p, POINTER(Weight), POINTER(c_void_p)]
     library.lk_compact_bytes.argtypes, library.lk_compact_bytes.restype = [c_void_p], c_int64
     for name in ("lk_destroy", "lk_decoder_destroy", "lk_compact_destroy"):
@@ -257,8 +272,8 @@ class Decoder:
     def head(self, rows: int, hidden: int, logits: int) -> None:
         self.handle.check(self.handle.library.lk_decoder_head(self._decoder, rows, hidden, logits))
 
-    def likeliest(self, rows: int, hidden: int, tokens: int) -> None:
-        self.handle.check(self.handle.library.lk_decoder_likeliest(self._decoder, rows, hidden, tokens))
+    def next(self, args: NextArgs) -> None:
+        self.handle.check(self.handle.library.lk_decoder_next(self._decoder, byref(args)))
 
     def __del__(self) -> None:
         if self._decoder:

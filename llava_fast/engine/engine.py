@@ -337,12 +337,12 @@ class Engine:
             job.forks = []
 
     def _postprocess(self, step: Launched) -> None:
-        step.wait()
+        tokens = step.wait()
         for sequence, places, logprobs in step.prompts:
             if not sequence.finished:
                 keep_prompt_logprobs(sequence, places, logprobs)
         stats = self._stats
-        for row, (sequence, token) in enumerate(zip(step.sequences, step.tokens.tolist(), strict=True)):
+        for row, (sequence, token) in enumerate(zip(step.sequences, tokens, strict=True)):
             sequence.append(token)
             if sequence.finished:  # cancelled, or it had ended with the token before
                 continue

@@ -117,26 +117,19 @@ class NativeDecoder:
             rows=None if wanted is None else wanted.data_ptr(),
             outputs=outputs,
         )
-        self.run(args)
+        self._decoder.step(args)
         return hidden[:outputs]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and output head: (n, D) float32 -> logits (n, V) float32."""
         hidden = hidden.contiguous()
         logits = torch.empty(hidden.shape[0], self.vocab_size)
-        self.write_logits(hidden.shape[0], hidden.data_ptr(), logits.data_ptr())
+        self._decoder.head(hidden.shape[0], hidden.data_ptr(), logits.data_ptr())
         return logits
 
-    def write_logits(self, rows: int, hidden: int, logits: int) -> None:
-        """The addresses of (rows, D) float32 before the final norm and of (rows, V) float32."""
-        self._decoder.head(rows, hidden, logits)
-
-    def run(self, args: library.StepArgs) -> None:
-        self._decoder.step(args)
-
-    def likeliest(self, rows: int, hidden: int, tokens: int) -> None:
-        """The addresses of (rows, D) float32 before the final norm and of (rows,) int64, which get the likeliest."""
-        self._decoder.likeliest(rows, hidden, tokens)
+    def next(self, args: library.NextArgs) -> None:
+        """One token more of sequences that decode."""
+        self._decoder.next(args)
 
 
 def _layer(layer: Any, cache: tuple[Tensor, Tensor], pairs: list[Tensor]) -> library.Layer:

@@ -44,21 +44,23 @@ class Launched:
     Attributes:
         chunks: what it computes.
         sequences: those that draw a token, in the order of ``tokens``.
-        tokens: (n,) int64 on the host, once :meth:`wait` returns.
+        tokens: theirs; a tensor is (n,) int64 on the host, and there once :meth:`wait` returns.
         logprobs: of the drawn tokens, if any sequence wants them.
         prompts: log-probabilities of prompt tokens.
     """
 
     chunks: list[Chunk]
     sequences: list[Sequence]
-    tokens: Tensor | np.ndarray
+    tokens: Tensor | list[int]
     logprobs: Logprobs | None
     prompts: list[PromptScores]
     copied: torch.cuda.Event | None = None
 
-    def wait(self) -> None:
+    def wait(self) -> list[int]:
+        """The tokens, once they are there."""
         if self.copied is not None:
             self.copied.synchronize()
+        return self.tokens if isinstance(self.tokens, list) else self.tokens.tolist()
 
 
 class Runner:
@@ -91,8 +93,7 @@ class Runner:
     def _plain_steps(self) -> PlainSteps | None:
         if not isinstance(self.host_decoder, NativeDecoder):
             return None
-        embedding = self.model.decoder.embed_tokens
-        return PlainSteps(self.host_decoder, embedding, self.sampler, self.tables, self.config.block_size)
+        return PlainSteps(self.host_decoder, self.model.decoder.embed_tokens, self.sampler, self.tables)
 
     def _use_cuda(self) -> None:
         self.stream = torch.cuda.Stream(self.device)

@@ -72,7 +72,7 @@ Parts parts_of(const PagedStep &step, int64_t threads) {
     for (int64_t s = 0; s < step.sequences; s++)
         if (queries_of(step, s) == 1) runs += cdiv(step.context_lens[s], keys);
     // As few shares of the heads as a task can take, more where threads would be left without work.
-    const int64_t least = cdiv(step.kv_heads, most_of(step, MAX_QUERIES)), wanted = runs ? cdiv(4 * threads, runs) : 1;
+    const int64_t least = cdiv(step.kv_heads, most_of(step, MAX_QUERIES)), wanted = runs ? cdiv(threads, runs) : 1;
     const int64_t heads = cdiv(step.kv_heads, std::clamp(wanted, least, step.kv_heads));
     Parts parts;
     for (int64_t s = 0; s < step.sequences; s++) {

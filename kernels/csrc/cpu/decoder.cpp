@@ -21,6 +21,12 @@ struct lk_decoder {
     PanelBuffer panel, inner, rough;
     Buffer<float> stream, qkv, attended, gated, scratch, logits, floors;
     Buffer<Best> bests;
+    struct { // of lk_decoder_next
+        Buffer<char> x;
+        Buffer<float> hidden;
+        Buffer<int32_t> positions, block_table, context_lens, query_start;
+        Buffer<int64_t> slots;
+    } next;
 
     const float *norm(int64_t i) const { return norms.data() + i * args.width; }
     int64_t group_heads() const { return args.heads + 2 * args.kv_heads; }
@@ -315,6 +321,61 @@ bool screen_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *
     return true;
 }
 
+void find_likeliest(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *hidden, int64_t *tokens) {
+    if (decoder.args.screen.data && rows <= SCREENED_ROWS && screen_tokens(decoder, cpu, rows, hidden, tokens)) return;
+    likeliest_tokens(decoder, cpu, rows, hidden, tokens);
+}
+
+lk_status check_next(lk_decoder *decoder, const lk_next_args *args) {
+    lk_handle *handle = decoder->handle;
+    if (lk_status status = lk_check_call(handle, args, args ? args->dtype : LK_FLOAT32)) return status;
+    if (lk_status status = check_dtype(handle, "an embedding", args->dtype)) return status;
+    CHECK_SIZES(handle, {"sequences", args->sequences, 0}, {"vocabulary", args->vocabulary, 1},
+                {"table_rows", args->table_rows, 0}, {"table_stride", args->table_stride, 1});
+    if (args->sequences == 0) return LK_OK;
+    CHECK_POINTERS(handle, {"embedding", args->embedding}, {"rows", args->rows}, {"computed", args->computed},
+                   {"last", args->last}, {"block_table", args->block_table},
+                   {"tokens", args->logits ? static_cast<const void *>(args->logits) : args->tokens});
+    const int64_t slots = args->table_stride * decoder->args.block_size;
+    for (int64_t s = 0; s < args->sequences; s++) {
+        const int64_t row = args->rows[s], computed = args->computed[s];
+        if (row < 0 || row >= args->table_rows)
+            return lk_fail(handle, LK_INVALID_ARGUMENT, "rows[%lld] is %lld, not below %lld", (long long)s, (long long)row,
+                           (long long)args->table_rows);
+        if (args->last[row] < 0 || args->last[row] >= args->vocabulary)
+            return lk_fail(handle, LK_INVALID_ARGUMENT, "last[%lld] is %lld, not below %lld", (long long)row,
+                           (long long)args->last[row], (long long)args->vocabulary);
+        if (computed < 0 || computed >= std::min(slots, decoder->args.positions))
+            return lk_fail(handle, LK_INVALID_ARGUMENT, "computed[%lld] is %lld, not below %lld", (long long)s,
+                           (long long)computed, (long long)std::min(slots, decoder->args.positions));
+    }
+    return LK_OK;
+}
+
+// The step that computes the last tokens.
+lk_step_args step_of(lk_decoder &decoder, const lk_next_args &args) {
+    const int64_t count = args.sequences, size = decoder.args.block_size, bytes = decoder.args.width * size_of(args.dtype);
+    int64_t held = 0; // blocks of the longest
+    for (int64_t s = 0; s < count; s++) held = std::max(held, args.computed[s] / size + 1);
+    auto &next = decoder.next;
+    char *x = next.x.at_least(count * bytes);
+    int32_t *positions = next.positions.at_least(count), *contexts = next.context_lens.at_least(count);
+    int32_t *table = next.block_table.at_least(count * held), *start = next.query_start.at_least(count + 1);
+    int64_t *slots = next.slots.at_least(count);
+    for (int64_t s = 0; s < count; s++) {
+        const int64_t row = args.rows[s], computed = args.computed[s];
+        const int32_t *blocks = args.block_table + row * args.table_stride;
+        std::memcpy(x + s * bytes, static_cast<const char *>(args.embedding) + args.last[row] * bytes, (size_t)bytes);
+        std::copy_n(blocks, held, table + s * held);
+        positions[s] = (int32_t)computed, contexts[s] = (int32_t)computed + 1, start[s] = (int32_t)s;
+        slots[s] = blocks[computed / size] * size + computed % size;
+    }
+    start[count] = (int32_t)count;
+    return {.dtype = args.dtype, .tokens = count, .sequences = count, .x = x, .positions = positions, .slots = slots,
+            .block_table = table, .table_stride = held, .context_lens = contexts, .query_start = start,
+            .hidden = next.hidden.at_least(count * decoder.args.width), .rows = nullptr, .outputs = 0};
+}
+
 } // namespace
 
 extern "C" {
@@ -392,9 +453,23 @@ lk_status lk_decoder_likeliest(lk_decoder *decoder, int64_t rows, const float *h
     if (rows == 0) return LK_OK;
     CHECK_POINTERS(handle, {"hidden", hidden}, {"tokens", tokens});
     return guarded(handle, [&] {
-        lk_cpu &cpu = *handle->cpu;
-        if (decoder->args.screen.data && rows <= SCREENED_ROWS && screen_tokens(*decoder, cpu, rows, hidden, tokens)) return LK_OK;
-        likeliest_tokens(*decoder, cpu, rows, hidden, tokens);
+        find_likeliest(*decoder, *handle->cpu, rows, hidden, tokens);
+        return LK_OK;
+    });
+}
+
+lk_status lk_decoder_next(lk_decoder *decoder, const lk_next_args *args) {
+    if (!decoder) return LK_INVALID_ARGUMENT;
+    lk_handle *handle = decoder->handle;
+    if (lk_status status = check_next(decoder, args)) return status;
+    const int64_t count = args->sequences;
+    if (count == 0) return LK_OK;
+    return guarded(handle, [&] {
+        const lk_step_args step = step_of(*decoder, *args);
+        if (lk_status status = lk_decoder_step(decoder, &step)) return status;
+        if (args->logits) return lk_decoder_head(decoder, count, step.hidden, args->logits);
+        find_likeliest(*decoder, *handle->cpu, count, step.hidden, args->tokens);
+        for (int64_t s = 0; s < count; s++) args->last[args->rows[s]] = args->tokens[s];
         return LK_OK;
     });
 }

@@ -392,6 +392,66 @@ static void decode(lk_handle *handle) {
     CHECK(done[0] == lengths[0] && done[1] == lengths[1]);
 }
 
+// Two sequences that go on by lk_decoder_next, in rows 2 and 0 of tables of three: logits against the loop in double, and
+// the likeliest of them in its place.
+static void go_on(lk_handle *handle) {
+    constexpr int STEPS = 7, HELD = 3; // more than a block
+    Tiny tiny(handle);
+    const List<float> embedding = normal(Tiny::VOCAB * Tiny::WIDTH);
+    const int32_t table[3][HELD] = {{7, 3, 9}, {0, 0, 0}, {1, 2, 4}};
+    const List<int64_t> rows{2, 0};
+    int64_t last[3] = {5, -1, 16};
+    List<int64_t> computed{0, 0}, tokens(2, -1);
+    List<float> logits(2 * Tiny::VOCAB), seen[2];
+    lk_next_args args{};
+    args.embedding = embedding.data(), args.vocabulary = Tiny::VOCAB, args.sequences = 2, args.rows = rows.data();
+    args.computed = computed.data(), args.table_rows = 3, args.last = last, args.block_table = &table[0][0];
+    args.table_stride = HELD, args.tokens = tokens.data();
+    for (int step = 0; step < STEPS; step++) {
+        for (size_t s = 0; s < 2; s++) {
+            const float *one = embedding.data() + last[rows[s]] * Tiny::WIDTH;
+            seen[s].insert(seen[s].end(), one, one + Tiny::WIDTH);
+        }
+        args.logits = logits.data();
+        const int64_t before[3] = {last[0], last[1], last[2]};
+        CHECK(lk_decoder_next(tiny.decoder, &args) == LK_OK);
+        CHECK(std::equal(before, before + 3, last)); // a caller draws
+        args.logits = nullptr; // the same again, which is stored again in the same place
+        CHECK(lk_decoder_next(tiny.decoder, &args) == LK_OK);
+        for (size_t s = 0; s < 2; s++) {
+            const List<double> hidden = tiny.exact(seen[s]);
+            const List<double> right = Tiny::times(
+                tiny.head, Tiny::normed(hidden.data() + hidden.size() - Tiny::WIDTH, tiny.norms[2 * Tiny::LAYERS]));
+            const float *found = logits.data() + s * Tiny::VOCAB;
+            for (size_t i = 0; i < Tiny::VOCAB; i++) CHECK(std::fabs(right[i] - found[i]) < 1e-4 * (1 + std::fabs(right[i])));
+            CHECK(tokens[s] == std::max_element(found, found + Tiny::VOCAB) - found && last[rows[s]] == tokens[s]);
+            computed[s]++;
+        }
+        CHECK(last[1] == -1);
+    }
+    const lk_next_args good = args;
+    int64_t wrong = 3, low = -1;
+    auto refused = [&](lk_next_args bad, lk_status status, const char *words) {
+        CHECK(lk_decoder_next(tiny.decoder, &bad) == status);
+        CHECK(std::strstr(lk_last_error(handle), words));
+    };
+    lk_next_args bad = good;
+    bad.sequences = 1, bad.rows = &wrong, refused(bad, LK_INVALID_ARGUMENT, "rows[0] is 3, not below 3");
+    bad.rows = &low, refused(bad, LK_INVALID_ARGUMENT, "rows[0] is -1");
+    wrong = 1, bad.rows = &wrong, refused(bad, LK_INVALID_ARGUMENT, "last[1] is -1, not below 17");
+    bad = good, bad.vocabulary = 1, last[0] = last[2] = 1, refused(bad, LK_INVALID_ARGUMENT, "is 1, not below 1");
+    bad = good, computed[1] = HELD * Tiny::BLOCK, refused(bad, LK_INVALID_ARGUMENT, "computed[1] is 12, not below 12");
+    computed[1] = -1, refused(bad, LK_INVALID_ARGUMENT, "computed[1] is -1"), computed[1] = 0;
+    const int32_t outside[3][HELD] = {{Tiny::BLOCKS, 0, 0}, {0, 0, 0}, {1, 2, 4}};
+    bad = good, bad.block_table = &outside[0][0], refused(bad, LK_INVALID_ARGUMENT, "slots[1] is 160");
+    bad = good, bad.tokens = nullptr, refused(bad, LK_INVALID_ARGUMENT, "tokens is NULL");
+    bad = good, bad.embedding = nullptr, refused(bad, LK_INVALID_ARGUMENT, "embedding is NULL");
+    bad = good, bad.dtype = LK_FLOAT16, refused(bad, LK_UNSUPPORTED, "float32 and bfloat16");
+    bad = good, bad.sequences = 0, bad.tokens = nullptr;
+    CHECK(lk_decoder_next(tiny.decoder, &bad) == LK_OK && lk_decoder_next(nullptr, &good) == LK_INVALID_ARGUMENT);
+    CHECK(lk_decoder_next(tiny.decoder, nullptr) == LK_INVALID_ARGUMENT);
+}
+
 // The likeliest token, with a screen of 8 bits and without, beside logits in double.
 static void likeliest(lk_handle *handle, lk_dtype dtype) {
     constexpr int64_t WIDTH = 200, VOCAB = 700;
@@ -667,6 +727,7 @@ int main(int count, char **words) {
         largest_codes(handle);
         not_compact(handle);
         decode(handle);
+        go_on(handle);
         for (lk_dtype dtype : {LK_FLOAT32, LK_BFLOAT16}) likeliest(handle, dtype);
         rounded_screen(handle);
     }

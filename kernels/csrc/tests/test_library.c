@@ -24,7 +24,7 @@ static void symbols(void) {
     const char *names[] = {"lk_create", "lk_destroy", "lk_error_string", "lk_last_error",   "lk_project_splice",
                            "lk_rms_norm", "lk_rope",    "lk_swiglu",       "lk_store_kv",     "lk_paged_attention",
                            "lk_linear",   "lk_set_threads", "lk_set_instructions", "lk_instructions",
-                           "lk_decoder_create", "lk_decoder_step", "lk_decoder_head", "lk_decoder_likeliest", "lk_decoder_destroy",
+                           "lk_decoder_create", "lk_decoder_step", "lk_decoder_head", "lk_decoder_likeliest", "lk_decoder_next", "lk_decoder_destroy",
                            "lk_prepare_image"};
     void *library = dlopen("libllava_kernels.so.0", RTLD_NOW | RTLD_NOLOAD);
     CHECK(library != NULL);
