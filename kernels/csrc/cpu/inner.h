@@ -1,12 +1,13 @@
-// What the files that are compiled once for each instruction set call of one another: in a namespace of that set's name,
-// so that no function built for one processor is linked into another's code.
+// What the files that are compiled for several instruction sets call of one another: in a namespace of the set's name, so
+// that no function built for one processor is linked into another's code. LK_LIKE is the set whose files these are: LK_ISA
+// itself, or one that it has all instructions of.
 #pragma once
 
 #include "isa.h"
 
 #define LK_JOIN_(a, b) a##b
 #define LK_JOIN(a, b) LK_JOIN_(a, b)
-#define LK_INNER LK_JOIN(on_, LK_ISA)
+#define LK_INNER LK_JOIN(on_, LK_LIKE)
 
 namespace lk::LK_INNER {
 
