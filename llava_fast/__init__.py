@@ -12,6 +12,20 @@ if TYPE_CHECKING:
     from llava_fast.model import Llava
     from llava_fast.pretrained import load, save
     from llava_fast.processor import Processor
+else:  # a type checker would take every name for one of these
+    _ENGINE = ("Completion", "Delta", "Engine", "EngineConfig", "Handle", "Request", "SamplingParams")
+    __getattr__ = exporter(
+        __name__,
+        {
+            **dict.fromkeys(_ENGINE, "llava_fast.engine"),
+            "PackedBatch": "llava_fast.batch",
+            "ModelConfig": "llava_fast.config",
+            "Llava": "llava_fast.model",
+            "load": "llava_fast.pretrained",
+            "save": "llava_fast.pretrained",
+            "Processor": "llava_fast.processor",
+        },
+    )
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -30,20 +44,7 @@ __all__ = [
     "load",
     "save",
 ]
-_ENGINE = ("Completion", "Delta", "Engine", "EngineConfig", "Handle", "Request", "SamplingParams")
-__getattr__ = exporter(
-    __name__,
-    {
-        **dict.fromkeys(_ENGINE, "llava_fast.engine"),
-        "PackedBatch": "llava_fast.batch",
-        "ModelConfig": "llava_fast.config",
-        "Llava": "llava_fast.model",
-        "load": "llava_fast.pretrained",
-        "save": "llava_fast.pretrained",
-        "Processor": "llava_fast.processor",
-    },
-)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *__all__})

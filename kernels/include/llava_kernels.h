@@ -224,7 +224,7 @@ typedef struct lk_decoder_args {
     int64_t positions;
     int64_t blocks, block_size;  /* of the cache */
     int64_t cache_block_stride, cache_token_stride, cache_head_stride; /* 0: contiguous */
-    lk_weight screen;            /* of the head's shape in 8 bits, for lk_decoder_likeliest; data is NULL: none */
+    lk_weight screen;            /* of the head's shape in 8 bits, for the likeliest token; data is NULL: none */
     const float *screen_error;   /* (vocabulary,): no logit is further than this, times the normed hidden state's norm in
                                   * l2, from what the screen and the activations' 16 bits make of it */
     int activation_bits;         /* 8: activations that meet weights of 8 and 4 bits are rounded to 8 bits for each 64 values,
@@ -258,8 +258,8 @@ LK_API lk_status lk_decoder_head(lk_decoder *decoder, int64_t rows, const float 
  * only those of the head's features are read that can have it: the rest lie below by more than the screen is off. */
 LK_API lk_status lk_decoder_likeliest(lk_decoder *decoder, int64_t rows, const float *hidden, int64_t *tokens);
 
-/* The three in one call, for sequences that add one token each: what is small is then done here, and not by a caller whose
- * code and data the weights have just pushed out of the caches. */
+/* A step and then lk_decoder_likeliest or lk_decoder_head in one call, for sequences that add one token each: what is small
+ * is then done here, and not by a caller whose code and data the weights have just pushed out of the caches. */
 typedef struct lk_next_args {
     lk_dtype dtype;             /* of embedding */
     const void *embedding;      /* (vocabulary, width) */
@@ -268,10 +268,10 @@ typedef struct lk_next_args {
     const int64_t *rows;        /* (sequences,) which of the table_rows rows of last and block_table is theirs */
     const int64_t *computed;    /* (sequences,) tokens that the cache has of it */
     int64_t table_rows;
-    int64_t *last;              /* (table_rows,) the token after those, which is looked up in embedding and computed */
+    const int64_t *last;        /* (table_rows,) the token after those, which is looked up in embedding and computed */
     const int32_t *block_table; /* (table_rows, table_stride) as in lk_paged_attention_args */
     int64_t table_stride;
-    int64_t *tokens;            /* (sequences,) out, and into last: the likeliest next */
+    int64_t *tokens;            /* (sequences,) out: the likeliest next */
     float *logits;              /* not NULL: (sequences, vocabulary) out in place of those, which a caller draws from */
 } lk_next_args;
 LK_API lk_status lk_decoder_next(lk_decoder *decoder, const lk_next_args *args);

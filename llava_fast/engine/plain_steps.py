@@ -24,7 +24,7 @@ class PlainSteps:
 
     Args:
         decoder: whose steps they are.
-        embedding: (V, D) float32 or bfloat16, contiguous, on the CPU.
+        embedding: (V, D) float32 or bfloat16, on the CPU.
         sampler: has the token that each row drew last.
         tables: of the sequences' blocks.
     """
@@ -32,19 +32,19 @@ class PlainSteps:
     def __init__(self, decoder: NativeDecoder, embedding: Tensor, sampler: Sampler, tables: BlockTables):
         rows, blocks = tables.array.shape
         self._decoder, self._sampler, self._tables = decoder, sampler, tables
-        self._last = sampler.last.numpy()
+        self._embedding = embedding.detach().contiguous()  # kept: the library has its address alone
+        self._last = (c_int64 * len(sampler.last)).from_address(sampler.last.data_ptr())
         of_rows = c_int64 * rows
         self._rows, self._computed, self._tokens = of_rows(), of_rows(), of_rows()
         self._logits = np.empty((rows, decoder.vocab_size), dtype=np.float32)  # no memory until it is written
-        assert embedding.is_contiguous()
         self._args = library.NextArgs(
             dtype=library.DTYPES[embedding.dtype],
-            embedding=embedding.data_ptr(),
+            embedding=self._embedding.data_ptr(),
             vocabulary=len(embedding),
             rows=addressof(self._rows),
             computed=addressof(self._computed),
             table_rows=rows,
-            last=self._last.ctypes.data,
+            last=addressof(self._last),
             block_table=tables.array.ctypes.data,
             table_stride=blocks,
             tokens=addressof(self._tokens),
@@ -68,7 +68,10 @@ class PlainSteps:
         self._decoder.next(self._args)
         if not plain:
             self._draw(count, any(chunk.sequence.sampling.penalizes for chunk in chunks))
-        return self._tokens[:count]
+        tokens = self._tokens[:count]
+        for row, token in zip(self._rows, tokens, strict=False):
+            self._last[row] = token
+        return tokens
 
     def _draw(self, count: int, penalised: bool) -> None:
         rows = np.array(self._rows[:count])
@@ -93,7 +96,5 @@ class PlainSteps:
                 setattr(args, name, settings[name].ctypes.data)
             args.counts, args.in_prompt, args.table_rows = counts.ctypes.data, in_prompt.ctypes.data, rows.ctypes.data
         self._decoder.handle.sample(args)
-        tokens = self._tokens[:count]
-        self._last[rows] = tokens
         if penalised:
-            counts[rows, tokens] += 1
+            counts[rows, self._tokens[:count]] += 1

@@ -1,4 +1,4 @@
-"""Steps by numpy and the C library alone beside the steps that everything else takes."""
+"""Steps by one call of the C library beside the steps that everything else takes."""
 
 import numpy as np
 import pytest

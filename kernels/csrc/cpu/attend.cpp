@@ -66,14 +66,26 @@ void add_decode(const PagedStep &step, int64_t s, int64_t keys, int64_t heads, P
     }
 }
 
+// Heads of keys that a task takes of one of `runs` of keys: as many as it can, for it then reads the cache from front to
+// back, but for where threads would be left without work at the end.
+int64_t heads_of_part(const PagedStep &step, int64_t runs, int64_t threads) {
+    const int64_t least = cdiv(step.kv_heads, most_of(step, MAX_QUERIES));
+    const int64_t most = runs ? std::clamp(cdiv(4 * threads, runs), least, step.kv_heads) : least;
+    int64_t heads = 0;
+    for (int64_t shares = least; shares <= most; shares++) {
+        heads = cdiv(step.kv_heads, shares);
+        const int64_t tasks = runs * cdiv(step.kv_heads, heads);
+        if (4 * cdiv(tasks, threads) * threads <= 5 * tasks) break; // four fifths of the threads' time at least
+    }
+    return heads;
+}
+
 Parts parts_of(const PagedStep &step, int64_t threads) {
     const int64_t keys = keys_of_part(step);
     int64_t runs = 0; // of keys that decoding sequences have
     for (int64_t s = 0; s < step.sequences; s++)
         if (queries_of(step, s) == 1) runs += cdiv(step.context_lens[s], keys);
-    // As few shares of the heads as a task can take, more where threads would be left without work.
-    const int64_t least = cdiv(step.kv_heads, most_of(step, MAX_QUERIES)), wanted = runs ? cdiv(threads, runs) : 1;
-    const int64_t heads = cdiv(step.kv_heads, std::clamp(wanted, least, step.kv_heads));
+    const int64_t heads = heads_of_part(step, runs, threads);
     Parts parts;
     for (int64_t s = 0; s < step.sequences; s++) {
         if (queries_of(step, s) == 1) add_decode(step, s, keys, heads, parts);

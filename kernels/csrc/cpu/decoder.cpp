@@ -469,7 +469,6 @@ lk_status lk_decoder_next(lk_decoder *decoder, const lk_next_args *args) {
         if (lk_status status = lk_decoder_step(decoder, &step)) return status;
         if (args->logits) return lk_decoder_head(decoder, count, step.hidden, args->logits);
         find_likeliest(*decoder, *handle->cpu, count, step.hidden, args->tokens);
-        for (int64_t s = 0; s < count; s++) args->last[args->rows[s]] = args->tokens[s];
         return LK_OK;
     });
 }

@@ -1,5 +1,5 @@
 // rms_norm, rope and swiglu over rows, and their backward passes: each reads its operands once and writes its result
-// once. Compiled once for each instruction set.
+// once. Compiled for the instruction sets that LK_LIKE names, see inner.h.
 #include "inner.h"
 #include "vectors.h"
 

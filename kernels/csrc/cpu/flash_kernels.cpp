@@ -1,5 +1,6 @@
 // Attention inside one sequence and its backward pass, block by block, so that no matrix of all scores is ever made
-// (FlashAttention-2, Dao, arXiv 2307.08691). Compiled once for each instruction set.
+// (FlashAttention-2, Dao, arXiv 2307.08691). Compiled for the instruction sets that LK_LIKE names, see
+// inner.h.
 #include "dense.h"
 #include "inner.h"
 #include "vectors.h"

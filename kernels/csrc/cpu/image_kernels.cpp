@@ -1,5 +1,5 @@
-// A picture's bytes resized in width and in height, by sums of integers as Pillow makes them. Compiled once for each
-// instruction set.
+// A picture's bytes resized in width and in height, by sums of integers as Pillow makes them. Compiled for the
+// instruction sets that LK_LIKE names, see inner.h.
 #include "inner.h"
 #include "vectors.h"
 
