@@ -22,13 +22,13 @@ def picture(quizzes, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def engine():
     with lf.Engine(*lf.load(built_in(), dtype=torch.float32), lf.EngineConfig(kv_cache_bytes=8 << 20)) as engine:
         yield engine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def greedy(engine, picture):
     """Answers to questions about the picture, one conversation, as the engine gives them."""
 

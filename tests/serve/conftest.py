@@ -28,7 +28,7 @@ def loaded():
     return lf.load(built_in())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def engine(loaded):
     with lf.Engine(*loaded, lf.EngineConfig(kv_cache_bytes=1 << 25, max_sequences=16)) as engine:
         yield engine
@@ -60,7 +60,7 @@ def serving(app: Any, prefix: str = "") -> Iterator[Serving]:
         thread.join()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(engine):
     with serving(create_app(engine, Settings(model_name="tiny", max_n=4, max_images=3, max_image_pixels=250_000))) as s:
         yield s
