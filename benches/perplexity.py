@@ -29,17 +29,18 @@ from llava_fast.engine.native_decoder import NativeDecoder
 from llava_fast.pretrained import built_in
 from llava_kernels import implementation
 
-# name: (dtype, quantization, implementation, activation_bits); the first is what the others are held against.
-KINDS = {
-    "bf16": (torch.bfloat16, None, "auto", None),
-    "int8": (torch.bfloat16, "int8", "auto", None),  # activations of 8 bits where the library has such products
-    "int4": (torch.bfloat16, "int4", "auto", None),
-    "int8-16": (torch.bfloat16, "int8", "auto", 16),
-    "int4-16": (torch.bfloat16, "int4", "auto", 16),
-    "bf16-torch": (torch.bfloat16, None, "reference", None),
-    "fp32-torch": (torch.float32, None, "reference", None),
+# name: (dtype, quantization, implementation, the engine's settings); the first is what the others are held against.
+KINDS: dict[str, tuple[torch.dtype, str | None, str, dict[str, int]]] = {
+    "bf16": (torch.bfloat16, None, "auto", {}),
+    "int8": (torch.bfloat16, "int8", "auto", {}),  # activations of 8 bits where the library has such products
+    "int4": (torch.bfloat16, "int4", "auto", {}),
+    "int4-few": (torch.bfloat16, "int4", "auto", {"max_sequences": 1, "max_step_tokens": 4}),  # products as in decoding
+    "int8-16": (torch.bfloat16, "int8", "auto", {"activation_bits": 16}),
+    "int4-16": (torch.bfloat16, "int4", "auto", {"activation_bits": 16}),
+    "bf16-torch": (torch.bfloat16, None, "reference", {}),
+    "fp32-torch": (torch.float32, None, "reference", {}),
 }
-BOUNDS = {"int8": 1.01, "int4": 1.05}  # of bf16's perplexity
+BOUNDS = {"int8": 1.01, "int4": 1.05, "int4-few": 1.05}  # of bf16's perplexity
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,12 @@ def measure(directory: Path, passages_of: Any, kinds: Iterable[str] = KINDS) -> 
     """
     found: dict[str, Any] = {}
     for kind in kinds:
-        dtype, quantization, choice, bits = KINDS[kind]
-        config = lf.EngineConfig(activation_bits=bits)
+        dtype, quantization, choice, settings = KINDS[kind]
         with ExitStack() as stack:
             stack.enter_context(implementation(choice))
             model, processor = lf.load(directory, dtype=dtype, quantization=quantization)
             passages = passages_of(processor)
-            engine = stack.enter_context(lf.Engine(model, processor, config, background=False))
+            engine = stack.enter_context(lf.Engine(model, processor, lf.EngineConfig(**settings), background=False))
             native = engine._runner.host_decoder
             value, tokens = perplexity(engine, passages)
         layers = model.decoder.layers

@@ -147,6 +147,7 @@ class LinearArgs(Structure):
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("gelu", c_int),
+        ("activation_bits", c_int),
     ]
 
 

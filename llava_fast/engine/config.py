@@ -19,8 +19,9 @@ class EngineConfig:
         memory_fraction: share of the device's free memory; None: 0.9 on CUDA, a quarter on a CPU. Never more is taken
             than ``max_sequences`` full contexts need.
         kv_cache_dtype: "auto" for the model's own, or "fp8" (e4m3) for half the bytes of bf16.
-        activation_bits: of what meets int8 and int4 weights on a CPU. 8: many tokens at a time are rounded to 8 bits,
-            with a scale for each 64 values of a token, where that is faster; 16: none are; None: 8 in a bfloat16 model.
+        activation_bits: of what meets int8 and int4 weights on a CPU. 8: what meets int4, and many tokens at a time
+            that meet int8, are rounded to 8 bits, with a scale for each 64 values of a token or each group of a weight,
+            where that is faster; 16: none are; None: 8 in a bfloat16 model.
         compact_weights: keep what a CPU decodes with in bfloat16 a second time, in 12 bits a weight and exact: steps of
             one or two answers then read a quarter less. None: where that takes at most a quarter of the free memory.
         block_size: tokens of one block of the cache, a power of two.

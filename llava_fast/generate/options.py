@@ -58,7 +58,7 @@ BUDGETS = {
     "kv_cache_bytes": "bytes for keys and values; by default a share of the free memory",
     "memory_fraction": "that share; by default 0.9 on CUDA and 0.25 on a CPU",
     "kv_cache_dtype": "auto, or fp8 for half the bytes",
-    "activation_bits": "of many tokens before int8 and int4 weights on a CPU; by default 8 in bfloat16, else 16",
+    "activation_bits": "of tokens before int8 and int4 weights on a CPU; by default 8 in bfloat16, else 16",
     "max_sequences": "answers that are worked on at a time",
     "max_step_tokens": "tokens computed in a step",
     "max_length": "tokens of prompt and answer together; by default the model's context",

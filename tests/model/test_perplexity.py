@@ -21,7 +21,7 @@ from llava_fast.processor import Tokenizer
 from llava_kernels import quantized_linear
 
 # Of the mean loss, far below 1 here: a smaller change of it than the 1% and 5% of perplexity.
-BOUNDS = {"int8": 1.01, "int4": 1.06}
+BOUNDS = {"int8": 1.01, "int4": 1.06, "int4-few": 1.06}
 
 
 def losses(kinds: tuple[str, ...]) -> dict[str, float]:
@@ -32,7 +32,7 @@ def losses(kinds: tuple[str, ...]) -> dict[str, float]:
 
 
 def test_rounding_costs_little():
-    found = losses(("bf16", "int8", "int4"))
+    found = losses(("bf16", *BOUNDS))
     assert found["bf16"] < 0.03  # a trained model
     for kind, bound in BOUNDS.items():
         assert found[kind] / found["bf16"] < bound, kind

@@ -6,6 +6,9 @@
 
 namespace {
 
+// Values below are nothing where they become integers: the inverse of their scale would have no number.
+constexpr float SMALLEST = 1e-30f;
+
 constexpr int64_t CHUNK = 128; // values that are looked at together where a whole row is not at hand
 
 // Sum of (x - mean)^power over a row, power 1 or 2, without a copy of a row of halves.

@@ -126,8 +126,7 @@ lk_status check_decoder(lk_handle *handle, const lk_decoder_args *args) {
         return lk_fail(handle, LK_UNSUPPORTED, "%lld heads of %lld on %lld of keys: head_dim must be even and at most 256, "
                        "heads a multiple, at most 32 times, of kv_heads", (long long)args->heads,
                        (long long)args->head_dim, (long long)args->kv_heads);
-    if (args->activation_bits && args->activation_bits != 8 && args->activation_bits != 16)
-        return lk_fail(handle, LK_INVALID_ARGUMENT, "activation_bits is %d, not 0, 8 or 16", args->activation_bits);
+    if (lk_status status = check_activation_bits(handle, args->activation_bits)) return status;
     CHECK_POINTERS(handle, {"norm", args->norm}, {"cos", args->cos}, {"sin", args->sin}, {"layer", args->layer});
     if (lk_status status = check_weight(handle, "head", args->head)) return status;
     if (args->head.in_features != args->width)
@@ -206,15 +205,19 @@ void run_layers(lk_decoder *decoder, lk_cpu &cpu, const lk_step_args &step, cons
     if (step.rows) std::memcpy(step.hidden, x, step.outputs * width * sizeof(float));
 }
 
-Source head_source(const lk_decoder &decoder, const float *hidden) {
+// A product with the screen leaves few candidates, of which alone the head's rows are read.
+constexpr int64_t SCREENED_ROWS = 4, CANDIDATES = 256;
+
+Source head_source(const lk_decoder &decoder, const float *hidden, int64_t rows) {
     const lk_decoder_args &args = decoder.args;
+    const bool screened = args.screen.data && rows <= SCREENED_ROWS; // the screen is about logits of 16 bits
     return {LK_FLOAT32, hidden, args.width, decoder.norm(2 * args.layers), nullptr, args.eps,
-            args.dtype == LK_BFLOAT16, false, args.activation_bits == 8};
+            args.dtype == LK_BFLOAT16, false, args.activation_bits == 8 && !screened};
 }
 
 void head_product(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *hidden, float *logits) {
     const lk_weight &head = decoder.args.head;
-    const Panel &panel = prepare(cpu, decoder.panel, head, head_source(decoder, hidden), rows);
+    const Panel &panel = prepare(cpu, decoder.panel, head, head_source(decoder, hidden, rows), rows);
     share_product(cpu, rows, head.out_features, unit_of(panel, 12),
                   [&](int64_t row, int64_t count, int64_t first, int64_t features, int) {
         cpu.isa->products(head, panel, row, count, first, features, logits + row * head.out_features + first,
@@ -237,7 +240,7 @@ void likeliest_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const floa
     constexpr int64_t PART = 256; // features, whose logits stay near
     const lk_weight &head = decoder.args.head;
     const int64_t threads = cpu.pool->threads();
-    const Panel &panel = prepare(cpu, decoder.panel, head, head_source(decoder, hidden), rows);
+    const Panel &panel = prepare(cpu, decoder.panel, head, head_source(decoder, hidden, rows), rows);
     float *scratch = decoder.scratch.at_least(ROW_BLOCK * PART * threads);
     Best *bests = decoder.bests.at_least(rows * threads);
     std::fill_n(bests, rows * threads, Best{-INFINITY, INT64_MAX});
@@ -260,9 +263,6 @@ void likeliest_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const floa
         tokens[r] = best.at;
     }
 }
-
-// A product with the screen leaves few candidates, of which alone the head's rows are read.
-constexpr int64_t SCREENED_ROWS = 4, CANDIDATES = 256;
 
 // The likeliest of one of the panel's rows, or -1 where too many could be it. norm: of that row; floor: what a candidate
 // reaches.
@@ -290,7 +290,7 @@ int64_t best_candidate(const lk_decoder &decoder, const lk_cpu &cpu, const Panel
 bool screen_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *hidden, int64_t *tokens) {
     const lk_weight &screen = decoder.args.screen;
     const int64_t vocabulary = screen.out_features, threads = cpu.pool->threads();
-    const Source source = head_source(decoder, hidden);
+    const Source source = head_source(decoder, hidden, rows);
     Source seen = source; // what the head's product sees, whose logits these are about
     seen.rounded = cpu.isa->rounds(source.half);
     const Panel &panel = prepare(cpu, decoder.rough, screen, seen, rows);

@@ -82,6 +82,7 @@ inline lk_status cpu_only(lk_handle *handle) {
 // LK_INVALID_ARGUMENT or LK_UNSUPPORTED with the name of the weight where something about it cannot be.
 lk_status check_weight(lk_handle *handle, const char *name, const lk_weight &weight);
 lk_status check_dtype(lk_handle *handle, const char *op, lk_dtype dtype);
+lk_status check_activation_bits(lk_handle *handle, int bits);
 
 // Puts memory into pages of 2 MiB where Linux can (6.1 and later): weights are read from end to end at every token, and
 // under a hypervisor a quarter of that time goes into finding small pages. The edges take in what lies beside them, which

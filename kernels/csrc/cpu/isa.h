@@ -22,6 +22,7 @@ enum Layout {
     SIDE_BY_SIDE, // (rows / lanes, K, lanes)
     IN_TILES,     // bfloat16, (rows / 16, K / 2, 16, 2): what tiles of weights meet
     IN_PAIRS,     // bfloat16, (rows, K): pairs of neighbours meet pairs of a weight
+    IN_BYTES,     // 8 bits, (rows, K), those of a group in the order of a weight's bytes of two codes of 4 bits
     IN_QUADS,     // 8 bits, (rows / lanes, K / 4, lanes, 4): quads of values meet quads of a weight's codes
 };
 
@@ -30,17 +31,17 @@ struct Panel {
     Layout layout;
     int64_t rows;
     int64_t stride; // of `values` and `codes` from row to row; from K on 0, as far as vectors read
-    int64_t groups; // of `scale` from row to row
-    int64_t totals; // of `total` from row to row: groups rounded up to a multiple of PAIRS, the rest 0
+    int64_t groups; // of K
+    int64_t totals; // of `scale` and `total` from row to row: groups rounded up to a multiple of PAIRS, the rest 0
     union {
         float *values;    // float weights
         uint16_t *halves; // the same, IN_TILES and IN_PAIRS
     };
     union {
         int16_t *codes; // quantised weights: value = scale * code, those of a group in the order of the weight's words
-        int8_t *bytes;  // the same, IN_QUADS
+        int8_t *bytes;  // the same, IN_BYTES and IN_QUADS
     };
-    float *scale;       // (rows, groups); IN_QUADS: (rows / lanes, groups, lanes)
+    float *scale;       // (rows, totals); IN_QUADS: (rows / lanes, groups, lanes)
     union {
         float *total;    // (rows, totals) sum of a group's values; for int8 the first is that of the whole row;
                          // IN_TILES and IN_QUADS: (rows / lanes, groups, lanes), for int4 alone
@@ -190,6 +191,7 @@ struct Isa {
     int64_t quad_rows, half_quad_rows;
     // Up to so many rows a weight's compact form is met in place of it: for more, taking it apart costs more; 0: never.
     int64_t compact_rows;
+    bool takes_bytes; // fewer activations that may be rounded to 8 bits are, before weights of 4: IN_BYTES
     bool rounds(bool half) const { return half && tile_rows < NEVER; } // what meets weights of bfloat16
 
     // Rows first..last-1 of the panel; side by side: first is a multiple of the lanes, in tiles of 16.

@@ -1,6 +1,7 @@
 // The inner functions of isa.h, compiled once for each instruction set (LK_ISA, LK_LANES and the compiler's flags).
 #include "activations.h"
 #include "attention.h"
+#include "coded.h"
 #include "compact_runs.h"
 #include "inner.h"
 #include "pairs.h"
@@ -28,27 +29,6 @@ void part_pairs(float *x, int64_t count) {
         memcpy(run, x + i, sizeof run);
         for (int64_t j = 0; j < L; j++) x[i + j] = run[2 * j], x[i + L + j] = run[2 * j + 1];
     }
-}
-
-// Words of a weight of 8 or 4 bits that are looked at together: as many as a vector has, if its planes are so long.
-constexpr int64_t words_of(int64_t plane) { return L == 16 && plane % 32 == 0 ? 32 : 16; }
-
-// A group of values as integers of 16 bits, in the order in which the weight's words have their codes: what meets some
-// words, `planes` runs of neighbours, lies together.
-void encode(const float *x, int64_t count, int64_t planes, int16_t *codes, float *scale, float *total) {
-    vf most = {}, added = {};
-    for (int64_t i = 0; i < count; i += L) most = larger(most, magnitude(load<vf>(x + i)));
-    const float size = largest(most), inverse = size > 0 ? 32767.f / size : 0;
-    const int64_t plane = count / planes, words = words_of(plane);
-    for (int64_t j = 0; j < plane; j += words)
-        for (int64_t p = 0; p < planes; p++, codes += words)
-            for (int64_t i = 0; i < words; i += L) {
-                const vf whole = nearest(load<vf>(x + p * plane + j + i) * inverse);
-                added += whole; // integers, small enough to be exact
-                store(codes + i, __builtin_convertvector(__builtin_convertvector(whole, vi), vs));
-            }
-    *scale = size / 32767.f;
-    *total = sum(added) * *scale;
 }
 
 // L rows side by side, so that a vector holds the same value of each.
@@ -92,13 +72,18 @@ void prepare(const lk_weight &weight, const Source &source, int64_t first, int64
         for (int64_t i = 0; source.rounded && i < width; i++) values[i] = from_bf16(to_bf16(values[i]));
         memset(values + width, 0, (size_t)(panel.stride - width) * sizeof(float));
         if (weight.format == LK_WEIGHT_BFLOAT16) part_pairs(values, panel.stride);
-        float all_of_them = 0, *total = panel.total + row * panel.totals;
+        float all_of_them = 0, *total = panel.total + row * panel.totals, *scale = panel.scale + row * panel.totals;
         for (int64_t g = 0; coded && g < panel.groups; g++) {
-            encode(values + g * group, group, weight.format == LK_WEIGHT_INT8 ? 2 : 4,
-                   panel.codes + row * panel.stride + g * group, panel.scale + row * panel.groups + g, total + g);
+            const int64_t at = row * panel.stride + g * group;
+#if defined(__AVX2__)
+            if (panel.layout == lk::IN_BYTES)
+                encode_in_bytes(values + g * group, group, panel.bytes + at, scale + g, total + g);
+            else
+#endif
+                encode(values + g * group, group, weight.format == LK_WEIGHT_INT8 ? 2 : 4, panel.codes + at, scale + g, total + g);
             all_of_them += total[g];
         }
-        for (int64_t g = panel.groups; coded && g < panel.totals; g++) total[g] = 0;
+        for (int64_t g = panel.groups; coded && g < panel.totals; g++) scale[g] = total[g] = 0;
         if (weight.format == LK_WEIGHT_INT8) total[0] = all_of_them;
     }
 }
@@ -394,159 +379,6 @@ void many_rows(const lk_weight &weight, const float *x, int64_t stride, int64_t 
     }
 }
 
-// ---- products with weights of 8 and 4 bits, whose layout is that of quantized_linear.py; integers throughout a group
-
-typedef uint32_t u8 __attribute__((vector_size(32)));
-
-template <int WORDS>
-struct Wide {
-    using Words = h16;
-    using Sums = i8;
-    using Floats = f8;
-    using Bits = u8;
-    static INLINE f8 halved(f8 x) { return x; }
-    static INLINE f8 widened(f8 x) { return x; }
-};
-#if LK_LANES == 16
-template <>
-struct Wide<32> {
-    using Words = h32;
-    using Sums = i16;
-    using Floats = vf;
-    using Bits = vu;
-    static INLINE f8 halved(vf x) {
-        return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    }
-    static INLINE vf widened(f8 x) { return extended(x); }
-};
-#endif
-
-// Rows of the weight that stay in the second cache while tiles of x pass by.
-constexpr int64_t NEAR = 64;
-
-INLINE void put_scaled(const float *found, float excess, const float *scale, int64_t count, float *out, bool add) {
-    int64_t i = 0;
-    for (; i + L <= count; i += L) {
-        const vf y = (load<vf>(found + i) - excess) * load<vf>(scale + i);
-        store(out + i, add ? load<vf>(out + i) + y : y);
-    }
-    for (; i < count; i++) {
-        const float y = (found[i] - excess) * scale[i];
-        out[i] = add ? out[i] + y : y;
-    }
-}
-
-// M rows of x and N of the weight's, which lie `apart` rows from each other, and `count` times so, up to NEAR, each one row
-// further on. Words of 16 bits hold as many codes in each of their planes, which meet as many neighbours of x. SIZE values
-// of K are a group's. pairs: as lk_weight.group_pairs, from row n on.
-template <int BITS, int WORDS, int SIZE, int M, int N>
-__attribute__((noinline)) // one large function would have too few registers for the inner loops
-void coded_tiles(const lk_weight &weight, const uint32_t *pairs, int64_t n, int64_t apart, int64_t count, const Panel &panel,
-                 int64_t row, float *out, int64_t out_stride, bool add) {
-    using Words = typename Wide<WORDS>::Words;
-    using Sums = typename Wide<WORDS>::Sums;
-    using Floats = typename Wide<WORDS>::Floats;
-    using Bits = typename Wide<WORDS>::Bits;
-    constexpr int PLANES = 16 / BITS, CODES = WORDS * PLANES, STEPS = SIZE / CODES;
-    constexpr int64_t AHEAD = WORDS == 32 ? 1024 : 512; // bytes: into the first cache
-    const int64_t bytes = panel.stride * BITS / 8, next = apart * bytes, next_pairs = apart * panel.totals;
-    const uint8_t *w = (const uint8_t *)weight.data + n * bytes;
-    const float *own = panel.scale + row * panel.groups, *total_of_x = panel.total + row * panel.totals;
-    float found[M * N][NEAR];
-    for (int64_t done = 0; done < count; done++, pairs += BITS == 4 ? panel.totals : 0) {
-        const int16_t *x = panel.codes + row * panel.stride;
-        for (int i = 0; BITS == 4 && i < N; i++) __builtin_prefetch(pairs + i * next_pairs + 64);
-        Floats real[M][N] = {};
-        for (int64_t g = 0; BITS == 4 && g < panel.groups; g += lk::PAIRS) // what the offsets come to
-            for (int i = 0; i < N; i++) {
-                const f8 offsets = (f8)(load<u8>(pairs + i * next_pairs + g) << 16);
-                for (int m = 0; m < M; m++)
-                    real[m][i] += Wide<WORDS>::widened(offsets * load<f8>(total_of_x + m * panel.totals + g));
-            }
-        for (int64_t g = 0; g < panel.groups; g++) {
-            Sums total[M][N] = {};
-            for (int step = 0; step < STEPS; step++, w += 2 * WORDS, x += CODES) {
-                Words words[N], codes[N];
-                for (int i = 0; i < N; i++) {
-                    words[i] = load<Words>(w + i * next);
-                    if (BITS == 4 && (WORDS == 32 || step % 2 == 0)) __builtin_prefetch(w + i * next + AHEAD);
-                }
-                for (int p = 0; p < PLANES; p++) {
-                    for (int i = 0; i < N; i++) {
-                        codes[i] = words[i] >> (BITS * p);
-                        if (p < PLANES - 1) codes[i] &= (uint16_t)((1 << BITS) - 1);
-                    }
-                    for (int m = 0; m < M; m++) {
-                        const Words values = load<Words>(x + m * panel.stride + WORDS * p);
-                        for (int i = 0; i < N; i++) total[m][i] = multiply_add(total[m][i], codes[i], values);
-                    }
-                }
-            }
-            for (int m = 0; m < M; m++) {
-                const Floats of_x = own[m * panel.groups + g] - Floats{};
-                for (int i = 0; i < N; i++) {
-                    Floats factor = of_x;
-                    if constexpr (BITS == 4)
-                        factor *= (Floats)((Bits)(load<float>(pairs + i * next_pairs + g) - Floats{}) & 0xffff0000u);
-                    real[m][i] += __builtin_convertvector(total[m][i], Floats) * factor;
-                }
-            }
-        }
-        f4 parts[(M * N + 3) / 4 * 4] = {};
-        for (int j = 0; j < M * N; j++) {
-            const f8 eight = Wide<WORDS>::halved(real[j / N][j % N]);
-            parts[j] = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-        }
-        for (int j = 0; j < M * N; j += 4) {
-            const f4 four = sums(parts[j], parts[j + 1], parts[j + 2], parts[j + 3]);
-            for (int k = 0; k < 4 && j + k < M * N; k++) found[j + k][done] = four[k];
-        }
-    }
-    for (int m = 0; m < M; m++) {
-        const float excess = BITS == 8 ? 128 * total_of_x[m * panel.totals] : 0; // codes are 128 too large
-        for (int i = 0; i < N; i++)
-            put_scaled(found[m * N + i], excess, weight.scale + n + i * apart, count, out + m * out_stride + i * apart, add);
-    }
-}
-
-template <int BITS, int WORDS, int SIZE>
-void coded_products(const lk_weight &weight, const uint32_t *pairs, const Panel &panel, int64_t row, int64_t rows,
-                    int64_t first, int64_t count, float *out, int64_t stride, bool add) {
-    auto multiply = [&](auto tiles, int64_t m, int64_t n, int64_t apart, int64_t some) {
-        tiles(weight, BITS == 4 ? pairs + n * panel.totals : nullptr, first + n, apart, some, panel, row + m,
-              out + m * stride + n, stride, add);
-    };
-    const int64_t wide = rows == 1 ? 4 : 2, run = count / wide; // runs as in few_rows
-    for (int64_t n = 0; n < run; n += NEAR) {
-        const int64_t some = least(NEAR, run - n);
-        int64_t m = 0;
-        for (; m + 4 <= rows; m += 4) multiply(coded_tiles<BITS, WORDS, SIZE, 4, 2>, m, n, run, some);
-        for (; m + 2 <= rows; m += 2) multiply(coded_tiles<BITS, WORDS, SIZE, 2, 2>, m, n, run, some);
-        if (m < rows && wide == 4) multiply(coded_tiles<BITS, WORDS, SIZE, 1, 4>, m, n, run, some);
-        if (m < rows && wide == 2) multiply(coded_tiles<BITS, WORDS, SIZE, 1, 2>, m, n, run, some);
-    }
-    for (int64_t n = wide * run; n < count; n++)
-        for (int64_t m = 0; m < rows; m++) multiply(coded_tiles<BITS, WORDS, SIZE, 1, 1>, m, n, 1, 1);
-}
-
-// 4 bits: with the weight's pairs, or with some that are made for a part of its features at a time.
-template <int WORDS, int SIZE>
-void int4_products(const lk_weight &weight, const Panel &panel, int64_t row, int64_t rows, int64_t first, int64_t count,
-                   float *out, int64_t stride, bool add) {
-    if (weight.group_pairs)
-        return coded_products<4, WORDS, SIZE>(weight, weight.group_pairs + first * panel.totals, panel, row, rows, first,
-                                              count, out, stride, add);
-    uint32_t pairs[lk::MAX_GROUPS];
-    const int64_t part = lk::MAX_GROUPS / panel.totals;
-    memset(pairs, 0, (size_t)(least(part, count) * panel.totals) * sizeof(uint32_t));
-    for (int64_t n = 0; n < count; n += part) {
-        const int64_t some = least(part, count - n);
-        for (int64_t g = 0; g < panel.groups; g++)
-            for (int64_t i = 0; i < some; i++) pairs[i * panel.totals + g] = pair_of(weight, first + n + i, g, panel.totals);
-        coded_products<4, WORDS, SIZE>(weight, pairs, panel, row, rows, first + n, some, out + n, stride, add);
-    }
-}
-
 void products(const lk_weight &weight, const Panel &panel, int64_t first_row, int64_t rows, int64_t first, int64_t count,
               float *out, int64_t out_stride, bool add) {
     const float *x = panel.values + first_row * panel.stride;
@@ -566,17 +398,14 @@ void products(const lk_weight &weight, const Panel &panel, int64_t first_row, in
     case LK_WEIGHT_BFLOAT16:
         return (wide ? many_rows<Bfloat16> : few_rows<Bfloat16>)(weight, x, panel.stride, rows, first, count, out, out_stride, add);
     case LK_WEIGHT_INT8:
-        return coded_products<8, words_of(lk::QUANTUM / 2), lk::QUANTUM>(weight, nullptr, panel, first_row, rows, first, count,
-                                                                         out, out_stride, add);
+        return coded_products<int16_t, 8, words_of(lk::QUANTUM / 2), lk::QUANTUM>(weight, nullptr, panel, first_row, rows,
+                                                                                  first, count, out, out_stride, add);
     case LK_WEIGHT_INT4:
-        switch (weight.group_size) {
-        case 64:
-            return int4_products<words_of(16), 64>(weight, panel, first_row, rows, first, count, out, out_stride, add);
-        case 128:
-            return int4_products<words_of(32), 128>(weight, panel, first_row, rows, first, count, out, out_stride, add);
-        default:
-            return int4_products<words_of(64), 256>(weight, panel, first_row, rows, first, count, out, out_stride, add);
-        }
+#if defined(__AVX2__)
+        if (panel.layout == lk::IN_BYTES)
+            return int4_products<int8_t>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+#endif
+        return int4_products<int16_t>(weight, panel, first_row, rows, first, count, out, out_stride, add);
     }
 }
 
@@ -670,7 +499,7 @@ void biased(float *x, int64_t stride, int64_t rows, int64_t count, const float *
 
 namespace lk {
 extern const Isa LK_ISA;
-const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, QUAD_ROWS, HALF_QUAD_ROWS, COMPACT_ROWS, prepare, products, turn,
+const Isa LK_ISA = {NAME(LK_ISA), L, TILE_ROWS, CODED_TILE_ROWS, QUAD_ROWS, HALF_QUAD_ROWS, COMPACT_ROWS, TAKES_BYTES, prepare, products, turn,
                     gelu, swiglu, attend, to_float, from_float, layer_norm, biased, LK_INNER::rms_norm, LK_INNER::rms_norm_backward, LK_INNER::rope,
                     LK_INNER::swiglu_rows, LK_INNER::swiglu_rows_backward,
                     LK_INNER::varlen_attention, LK_INNER::varlen_attention_backward, draw, likeliest,

@@ -114,6 +114,11 @@ lk_status check_weight(lk_handle *handle, const char *name, const lk_weight &wei
     return LK_OK;
 }
 
+lk_status check_activation_bits(lk_handle *handle, int bits) {
+    if (bits == 0 || bits == 8 || bits == 16) return LK_OK;
+    return lk_fail(handle, LK_INVALID_ARGUMENT, "activation_bits is %d, not 0, 8 or 16", bits);
+}
+
 const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, const Source &source, int64_t rows) {
     const Panel &panel = buffer.fit(*cpu.isa, weight, rows, source);
     if (rows <= FEW_ROWS) {
@@ -160,6 +165,7 @@ const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, i
     panel.layout = coded && source.coarse && rows >= quad_rows ? lk::IN_QUADS
                    : rounded && rows >= (coded ? isa.coded_tile_rows : isa.tile_rows) ? lk::IN_TILES
                    : rounded && !coded                                              ? lk::IN_PAIRS
+                   : weight.format == LK_WEIGHT_INT4 && source.coarse && isa.takes_bytes ? lk::IN_BYTES
                    : !coded && rows >= lk::MANY_ROWS && rows >= isa.lanes ? lk::SIDE_BY_SIDE
                                                                           : lk::BY_ROW;
     if (panel.layout == lk::IN_QUADS) panel.groups = panel.stride / lk::QUAD_BLOCK;
@@ -169,7 +175,7 @@ const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, i
     if (panel.layout != lk::IN_QUADS) panel.values = values.at_least(whole * panel.stride);
     if (coded) {
         panel.codes = codes.at_least(whole * panel.stride);
-        panel.scale = scale.at_least(whole * panel.groups);
+        panel.scale = scale.at_least(whole * std::max(panel.groups, panel.totals));
         panel.total = total.at_least(whole * std::max(panel.groups, panel.totals));
     }
     return panel;
@@ -218,13 +224,14 @@ lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream) {
     if (lk_status status = lk::check_dtype(handle, "linear", args->dtype)) return status;
     CHECK_SIZES(handle, {"rows", args->rows, 0});
     if (lk_status status = lk::check_weight(handle, "weight", args->weight)) return status;
+    if (lk_status status = lk::check_activation_bits(handle, args->activation_bits)) return status;
     if (args->rows == 0) return LK_OK;
     CHECK_POINTERS(handle, {"x", args->x}, {"out", args->out});
     return guarded(handle, [&] {
         lk_cpu &cpu = *handle->cpu;
         const lk_weight &weight = args->weight;
         const lk::Source source{args->dtype, args->x, lk_or(args->x_stride, weight.in_features), nullptr, nullptr, 0,
-                                args->dtype == LK_BFLOAT16};
+                                args->dtype == LK_BFLOAT16, false, args->activation_bits == 8};
         const lk::Panel &panel = lk::prepare(cpu, cpu.panel, weight, source, args->rows);
         const int64_t out_stride = lk_or(args->out_stride, weight.out_features), size = lk::size_of(args->dtype);
         constexpr int64_t UNIT = 48, ROOM = UNIT * lk::ROW_BLOCK;

@@ -15,13 +15,12 @@ namespace {
 // AMX multiplies more at a time, if as bfloat16.
 #if defined(__AVX2__) && !defined(__AMX_BF16__)
 #define LK_QUADS
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-#define LK_VNNI
+#if defined(LK_VNNI)
 constexpr bool VNNI = true;
 constexpr int64_t QUAD_ROWS = L == 16 ? 6 : 5, HALF_QUAD_ROWS = L == 16 ? 8 : 5;
 #else
 constexpr bool VNNI = false;
-constexpr int64_t QUAD_ROWS = lk::NEVER, HALF_QUAD_ROWS = L == 16 ? 8 : 7;
+constexpr int64_t QUAD_ROWS = lk::NEVER, HALF_QUAD_ROWS = L == 16 ? 8 : 21;
 #endif
 constexpr int64_t BLOCK = lk::QUAD_BLOCK;
 
@@ -36,7 +35,7 @@ INLINE void encode_bytes(const float *x, int64_t plane, int8_t *bytes, float *sc
     vf most = {}, added = {};
     for (int p = 0; p < PLANES; p++)
         for (int64_t j = 0; j < RUN_OF; j += L) most = larger(most, magnitude(load<vf>(x + p * plane + j)));
-    const float size = largest(most), inverse = size > 0 ? 127.f / size : 0;
+    const float size = largest(most), inverse = size > SMALLEST ? 127.f / size : 0;
     for (int p = 0; p < PLANES / 2; p++)
         for (int64_t j = 0; j < RUN_OF; j += L, bytes += 2 * L) {
             const float *at = x + p * plane + j;
@@ -100,48 +99,39 @@ INLINE vu four_codes(const uint8_t *w) { return (vu)_mm256_set1_epi32(load<int>(
 
 // N features, which lie `apart` bytes from each other, with R vectors of activations, `rows` bytes apart, over a block.
 #if defined(LK_VNNI)
-#if LK_LANES == 16
-INLINE vi dot(vi total, vu codes, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)x); }
-#else
-INLINE vi dot(vi total, vu codes, vi x) { return (vi)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)x); }
-#endif
-
 template <int BITS, int R, int N>
 INLINE void meet_block(const uint8_t *w, int64_t apart, const int8_t *x, int64_t rows, vi (&total)[R][N]) {
-    constexpr int64_t BYTES = BLOCK * BITS / 8; // of a feature
+    constexpr int64_t BYTES = BLOCK * BITS / 8; // bytes of a feature
     for (int64_t i = 0; i < BYTES; i += 4) {
         vi v[R], upper[R];
         for (int r = 0; r < R; r++) v[r] = load<vi>(x + i * SIDE + r * rows);
         for (int r = 0; r < R && BITS == 4; r++) upper[r] = load<vi>(x + (BYTES + i) * SIDE + r * rows);
         for (int n = 0; n < N; n++) {
             const vu codes = four_codes(w + n * apart + i);
-            for (int r = 0; r < R; r++) total[r][n] = dot(total[r][n], BITS == 4 ? codes & 0x0f0f0f0fu : codes, v[r]);
-            for (int r = 0; r < R && BITS == 4; r++) total[r][n] = dot(total[r][n], codes >> 4 & 0x0f0f0f0fu, upper[r]);
+            const vw lower = (vw)(BITS == 4 ? codes & 0x0f0f0f0fu : codes), higher = (vw)(codes >> 4 & 0x0f0f0f0fu);
+            for (int r = 0; r < R; r++) total[r][n] = add_bytes(total[r][n], lower, (vw)v[r]);
+            for (int r = 0; r < R && BITS == 4; r++) total[r][n] = add_bytes(total[r][n], higher, (vw)upper[r]);
         }
     }
 }
 #else
-#if LK_LANES == 16
-INLINE vw two_products(vu codes, vi x) { return (vw)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x); }
-#else
-INLINE vw two_products(vu codes, vi x) { return (vw)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x); }
-#endif
-
 // Sums of eight pairs of products fit 16 bits: 8 * 2 * 15 * 127 < 2^15.
 template <int BITS, int R, int N>
 INLINE void meet_block(const uint8_t *w, int64_t apart, const int8_t *x, int64_t rows, vi (&total)[R][N]) {
     static_assert(BITS == 4);
-    constexpr int64_t BYTES = BLOCK * BITS / 8, PART = BYTES / 2; // of a feature
+    constexpr int64_t BYTES = BLOCK * BITS / 8, PART = BYTES / 2; // bytes of a feature
     for (int64_t part = 0; part < BYTES; part += PART) {
         vw sums[R][N] = {};
         for (int64_t i = part; i < part + PART; i += 4)
             for (int n = 0; n < N; n++) {
-                const vu codes = four_codes(w + n * apart + i), lower = codes & 0x0f0f0f0fu, upper = codes >> 4 & 0x0f0f0f0fu;
-                for (int r = 0; r < R; r++) sums[r][n] += two_products(lower, load<vi>(x + i * SIDE + r * rows));
-                for (int r = 0; r < R; r++) sums[r][n] += two_products(upper, load<vi>(x + (BYTES + i) * SIDE + r * rows));
+                const vu codes = four_codes(w + n * apart + i);
+                const vw lower = (vw)(codes & 0x0f0f0f0fu), upper = (vw)(codes >> 4 & 0x0f0f0f0fu);
+                for (int r = 0; r < R; r++) sums[r][n] = add_bytes(sums[r][n], lower, load<vw>(x + i * SIDE + r * rows));
+                for (int r = 0; r < R; r++)
+                    sums[r][n] = add_bytes(sums[r][n], upper, load<vw>(x + (BYTES + i) * SIDE + r * rows));
             }
         for (int r = 0; r < R; r++)
-            for (int n = 0; n < N; n++) total[r][n] = multiply_add(total[r][n], sums[r][n], 1 - vw{});
+            for (int n = 0; n < N; n++) total[r][n] += added_up(sums[r][n]);
     }
 }
 #endif

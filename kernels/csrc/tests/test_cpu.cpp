@@ -522,8 +522,8 @@ static void likeliest(lk_handle *handle, lk_dtype dtype) {
     }
 }
 
-// A head of 8 or 4 bits whose activations may be rounded to 8: exact where they are whole numbers up to 127, else off by at
-// most half a step for each of them.
+// A head and a product of 8 or 4 bits whose activations may be rounded to 8: exact where they are whole numbers up to 127, else
+// off by at most half a step for each of them.
 static void coarse_head(lk_handle *handle, lk_weight_format format, int64_t group, int64_t rows, int64_t out, int64_t in) {
     Matrix m;
     make(m, format, out, in, group);
@@ -545,12 +545,29 @@ static void coarse_head(lk_handle *handle, lk_weight_format format, int64_t grou
         for (int64_t i = 0; exact && i < rows * in; i++)
             hidden[(size_t)i] = i % in % 16 == 0 ? -127.f : (float)(generator() % 255) - 127;
         CHECK(lk_decoder_head(decoder, rows, hidden.data(), logits.data()) == LK_OK);
-        double worst = 0;
         for (int64_t r = 0; r < rows; r++) {
             float *x = hidden.data() + r * in;
             double squares = 0;
             for (int64_t k = 0; k < in; k++) squares += (double)x[k] * x[k];
             for (int64_t k = 0; k < in; k++) x[k] = (float)(x[k] / std::sqrt(squares / (double)in));
+        }
+        List<float> products((size_t)(rows * out));
+        lk_linear_args linear{};
+        linear.rows = rows, linear.weight = m.weight, linear.x = hidden.data(), linear.x_stride = in;
+        linear.out = products.data(), linear.out_stride = out, linear.activation_bits = 8;
+        CHECK(lk_linear(handle, &linear, nullptr) == LK_OK);
+        const List<float> by_linear = products;
+        linear.activation_bits = 4;
+        CHECK(lk_linear(handle, &linear, nullptr) == LK_INVALID_ARGUMENT);
+        for (int bits : {8, 16}) { // values that are hardly there
+            const List<float> none((size_t)(rows * in), 1e-39f);
+            linear.x = none.data(), linear.activation_bits = bits;
+            CHECK(lk_linear(handle, &linear, nullptr) == LK_OK);
+            for (float y : products) CHECK(std::fabs(y) < 1e-30);
+        }
+        double worst = 0;
+        for (int64_t r = 0; r < rows; r++) {
+            const float *x = hidden.data() + r * in;
             for (int64_t n = 0; n < out; n++) {
                 double size, right = product(m, x, n, &size), steps = 0;
                 for (int64_t k = 0; k < in && !exact; k += group) {
@@ -560,8 +577,10 @@ static void coarse_head(lk_handle *handle, lk_weight_format format, int64_t grou
                         most = std::max(most, std::fabs(x[i])), weights += std::fabs(m.values[(size_t)(n * in + i)]);
                     steps += most / 254 * weights;
                 }
-                const double off = std::fabs(logits[(size_t)(r * out + n)] - right) / (steps + 2e-4 * (size + 1));
-                if (worst == worst && !(off <= worst)) worst = off; // a NaN is the worst, and stays it
+                for (float found : {logits[(size_t)(r * out + n)], by_linear[(size_t)(r * out + n)]}) {
+                    const double off = std::fabs(found - right) / (steps + 2e-4 * (size + 1));
+                    if (worst == worst && !(off <= worst)) worst = off; // a NaN is the worst, and stays it
+                }
             }
         }
         if (!(worst <= 1)) std::printf("coarse, format %d, %lld x (%lld, %lld): %g\n", format, (long long)rows, (long long)out, (long long)in, worst);
@@ -664,8 +683,8 @@ static void cores_stay() {
 }
 
 // The largest codes of 4 bits with the largest activations of 8: no sum on the way may overflow.
-static void largest_codes(lk_handle *handle) {
-    constexpr int64_t ROWS = 33, OUT = 17, IN = 256, GROUP = 128;
+static void largest_codes(lk_handle *handle, int64_t rows, int64_t group) {
+    constexpr int64_t OUT = 17, IN = 512;
     const List<uint8_t> codes(OUT * IN / 2, 0xff);
     const List<uint32_t> pairs(OUT * 8, 0x3f800000); // scale 1, offset 0
     const List<float> scale(OUT, 1.f), norm(IN, 1.f);
@@ -674,14 +693,14 @@ static void largest_codes(lk_handle *handle) {
     lk_decoder_args args{};
     args.width = IN, args.heads = args.kv_heads = 1, args.head_dim = 2, args.layer = &none, args.norm = norm.data();
     args.head.format = LK_WEIGHT_INT4, args.head.out_features = OUT, args.head.in_features = IN, args.head.data = codes.data();
-    args.head.scale = scale.data(), args.head.group_pairs = pairs.data(), args.head.group_size = GROUP;
+    args.head.scale = scale.data(), args.head.group_pairs = pairs.data(), args.head.group_size = group;
     args.cos = args.sin = table, args.positions = args.blocks = args.block_size = 1, args.activation_bits = 8;
     lk_decoder *decoder;
     CHECK(lk_decoder_create(handle, &args, &decoder) == LK_OK);
     for (float sign : {1.f, -1.f}) {
-        const List<float> hidden(ROWS * IN, sign);
-        List<float> logits(ROWS * OUT);
-        CHECK(lk_decoder_head(decoder, ROWS, hidden.data(), logits.data()) == LK_OK);
+        const List<float> hidden((size_t)(rows * IN), sign);
+        List<float> logits((size_t)(rows * OUT));
+        CHECK(lk_decoder_head(decoder, rows, hidden.data(), logits.data()) == LK_OK);
         for (float y : logits) CHECK(std::fabs(y - sign * 15 * IN) < 1);
     }
     lk_decoder_destroy(decoder);
@@ -717,14 +736,16 @@ int main(int count, char **words) {
                     for (lk_weight_format format : {LK_WEIGHT_BFLOAT16, LK_WEIGHT_INT8, LK_WEIGHT_INT4})
                         half_linear(handle, format, rows, out, in);
                 }
-        for (int64_t rows : {1, 7, 8, 16, 21, 32, 35, 50, 66, 130})
+        for (int64_t rows : {1, 2, 7, 8, 16, 21, 32, 35, 45, 50, 66, 130})
             for (int64_t out : {1, 16, 47, 300})
-                for (int64_t in : {1, 60, 128, 700}) {
+                for (int64_t in : {1, 60, 128, 700, 2200}) { // of groups of 256 more than are looked at together
                     if (in > 500 && rows * out > 3000) continue;
+                    if (in > 1000 && rows > 8) continue;
                     coarse_head(handle, LK_WEIGHT_INT8, 128, rows, out, in);
                     for (int64_t group : {64, 128, 256}) coarse_head(handle, LK_WEIGHT_INT4, group, rows, out, in);
                 }
-        largest_codes(handle);
+        for (int64_t rows : {1, 2, 4, 33})
+            for (int64_t group : {64, 128, 256}) largest_codes(handle, rows, group);
         not_compact(handle);
         decode(handle);
         go_on(handle);
