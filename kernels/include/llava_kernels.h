@@ -199,10 +199,10 @@ typedef struct lk_linear_args {
     int64_t out_stride; /* from row to row */
     int gelu;           /* not 0: GELU by the normal distribution (Hendrycks and Gimpel 2016), before anything is rounded */
     int activation_bits; /* 8: activations that meet weights of 8 and 4 bits are rounded to 8 bits where that is faster. Before
-                          * 4 bits: on x86, a scale for each of the weight's groups, or for 64 values from five rows on
-                          * ("avxvnni"), 21 ("avx2") or eight ("avx512", "avx512vnni", "avx512bf16"); with "amx" where tiles do
-                          * not meet them. Before 8 bits: a scale for 64 values, "avxvnni" from five rows on, "avx512vnni" and
-                          * "avx512bf16" from six. 0 or 16: never, they have 16 bits */
+                          * 4 bits: on x86 but for "portable", a scale for each of the weight's groups, or for 64 values from
+                          * five rows on ("avxvnni"), 21 ("avx2") or eight ("avx512", "avx512vnni", "avx512bf16"); with "amx"
+                          * where tiles do not meet them. Before 8 bits: a scale for 64 values, "avxvnni" from five rows on,
+                          * "avx512vnni" and "avx512bf16" from six. 0 or 16: never, they have 16 bits */
 } lk_linear_args;
 LK_API lk_status lk_linear(lk_handle *handle, const lk_linear_args *args, lk_stream stream);
 
@@ -232,7 +232,7 @@ typedef struct lk_decoder_args {
     lk_weight screen;            /* of the head's shape in 8 bits, for the likeliest token; data is NULL: none */
     const float *screen_error;   /* (vocabulary,): no logit is further than this, times the normed hidden state's norm in
                                   * l2, from what the screen and the activations' 16 bits make of it */
-    int activation_bits;         /* as lk_linear_args.activation_bits; a head with a screen meets one to four rows unrounded */
+    int activation_bits;         /* as lk_linear_args.activation_bits; a head with a screen meets one to four rows in 16 bits */
 } lk_decoder_args;
 typedef struct lk_decoder lk_decoder;
 

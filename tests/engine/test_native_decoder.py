@@ -125,7 +125,7 @@ def test_activations_of_eight_bits_move_less_than_the_weights_do(kind):
     precise = scores(answers(made, "native"))
     rounded = scores(answers(made, "native", activation_bits=8))
     assert np.abs(rounded - precise).mean() < np.abs(precise - exact).mean()
-    with_them = ("avxvnni", "avx512vnni", "avx512bf16") + (("avx2", "avx512") if kind == "int4" else ())
+    with_them = ("avxvnni", "avx512vnni", "avx512bf16") + (("avx2", "avx512", "amx") if kind == "int4" else ())
     has_them = library.Handle().instructions in with_them
     assert (np.abs(rounded - precise).max() > 1e-6) == has_them
     half = made.to(torch.bfloat16)

@@ -292,7 +292,7 @@ bool screen_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *
     const int64_t vocabulary = screen.out_features, threads = cpu.pool->threads();
     const Source source = head_source(decoder, hidden, rows);
     Source seen = source; // what the head's product sees, whose logits these are about
-    seen.rounded = cpu.isa->rounds(source.half);
+    seen.rounded = cpu.isa->rounds(source.half) && decoder.args.head.format == LK_WEIGHT_BFLOAT16;
     const Panel &panel = prepare(cpu, decoder.rough, screen, seen, rows);
     float norms[SCREENED_ROWS], *floors = decoder.floors.at_least(threads * SCREENED_ROWS);
     float *rough = decoder.logits.at_least(rows * vocabulary);

@@ -40,21 +40,26 @@ struct Matrix {
     List<uint8_t> bytes;
 };
 
-// Codes at random, laid out by the formula of quantized_linear.py: k = plane * (block / planes) + 2 * word + half.
+// A code by the formula of quantized_linear.py: k = plane * (block / planes) + 2 * word + half.
+static void put_code(Matrix &m, int64_t block, int bits, int64_t n, int64_t k, uint32_t code) {
+    const int64_t padded = (m.weight.in_features + block - 1) / block * block, planes = 16 / bits;
+    const int64_t g = k / block, inside = k % block, plane = inside / (block / planes), rest = inside % (block / planes);
+    const int64_t word = rest / 2, bit = bits * plane + 16 * (rest % 2);
+    uint8_t *at = m.bytes.data() + (n * padded + g * block) * bits / 8 + 4 * word + bit / 8;
+    *at = (uint8_t)(*at | code << (bit % 8));
+}
+
+// Codes at random.
 static void fill_codes(Matrix &m, int64_t block, int bits) {
     const int64_t out = m.weight.out_features, in = m.weight.in_features, padded = (in + block - 1) / block * block;
-    const int planes = bits == 8 ? 2 : 4;
     m.bytes.assign((size_t)(out * padded * bits / 8), 0);
     for (int64_t n = 0; n < out; n++) {
         m.scale.push_back(0.5f + (float)(generator() % 100) / 100);
         for (int64_t k = 0; k < padded; k++) {
-            const int64_t g = k / block, inside = k % block, plane = inside / (block / planes), rest = inside % (block / planes);
-            const int64_t word = rest / 2, bit = bits * plane + 16 * (rest % 2);
             const uint32_t code = bits == 8 ? 1 + generator() % 255 : generator() % 16;
-            uint8_t *at = m.bytes.data() + (n * padded + g * block) * bits / 8 + 4 * word + bit / 8;
-            *at = (uint8_t)(*at | code << (bit % 8));
+            put_code(m, block, bits, n, k, code);
             if (k >= in) continue;
-            const int64_t s = g * out + n;
+            const int64_t s = k / block * out + n;
             const float value = bits == 8 ? (float)code - 128
                                           : whole(m.group_scale[(size_t)s]) * (float)code + whole(m.group_offset[(size_t)s]);
             m.values.push_back(value * m.scale.back());
@@ -89,6 +94,24 @@ static void make(Matrix &m, lk_weight_format format, int64_t out, int64_t in, in
         m.weight.group_size = group;
         fill_codes(m, group, 4);
     }
+}
+
+// What 8 bits make of another's values.
+static void round_to_bytes(Matrix &m, const Matrix &other) {
+    const int64_t out = other.weight.out_features, in = other.weight.in_features, padded = (in + 127) / 128 * 128;
+    m.weight.format = LK_WEIGHT_INT8, m.weight.out_features = out, m.weight.in_features = in;
+    m.bytes.assign((size_t)(out * padded), 0);
+    for (int64_t n = 0; n < out; n++) {
+        float most = 0;
+        for (int64_t k = 0; k < in; k++) most = std::max(most, std::fabs(other.values[(size_t)(n * in + k)]));
+        m.scale.push_back(most / 127);
+        for (int64_t k = 0; k < padded; k++) {
+            const float code = k < in ? std::round(other.values[(size_t)(n * in + k)] / m.scale.back()) : 0;
+            put_code(m, 128, 8, n, k, (uint32_t)(code + 128));
+            if (k < in) m.values.push_back(code * m.scale.back());
+        }
+    }
+    m.weight.data = m.bytes.data(), m.weight.scale = m.scale.data();
 }
 
 static double product(const Matrix &m, const float *x, int64_t n, double *size) {
@@ -458,14 +481,20 @@ static void likeliest(lk_handle *handle, lk_dtype dtype) {
     List<float> norm = normal(WIDTH);
     List<uint16_t> halves;
     for (float &value : norm) halves.push_back(half(value)), value = whole(halves.back());
-    for (int kind = 0; kind < 4; kind++) { // no screen, one, one before a head whose rows are all alike, one that is far off
+    // No screen, one, one before a head whose rows are all alike, one that is far off, one before a head of 4 bits.
+    for (int kind = 0; kind < 5; kind++) {
         Matrix screen, head;
-        make(screen, LK_WEIGHT_INT8, VOCAB, WIDTH, 0);
-        head.weight.format = LK_WEIGHT_BFLOAT16, head.weight.out_features = VOCAB, head.weight.in_features = WIDTH;
+        if (kind == 4) make(head, LK_WEIGHT_INT4, VOCAB, WIDTH, 64), round_to_bytes(screen, head);
+        else make(screen, LK_WEIGHT_INT8, VOCAB, WIDTH, 0);
+        if (kind < 4) head.weight.format = LK_WEIGHT_BFLOAT16, head.weight.out_features = VOCAB, head.weight.in_features = WIDTH;
         List<float> error;
         for (int64_t n = 0; n < VOCAB; n++) {
             double off = 0, size = 0;
-            for (int64_t k = 0; k < WIDTH; k++) {
+            for (int64_t k = 0; kind == 4 && k < WIDTH; k++) {
+                const double value = head.values[(size_t)(n * WIDTH + k)], apart = value - screen.values[(size_t)(n * WIDTH + k)];
+                off += apart * apart, size += value * value;
+            }
+            for (int64_t k = 0; kind < 4 && k < WIDTH; k++) {
                 float value = screen.values[(size_t)((kind == 2 ? 0 : n) * WIDTH + k)];
                 if (kind == 1) value += 2 * screen.scale[(size_t)n] * normal(1)[0]; // the screen's own likeliest is another
                 head.halves.push_back(half(value)), head.values.push_back(whole(head.halves.back()));
@@ -474,7 +503,7 @@ static void likeliest(lk_handle *handle, lk_dtype dtype) {
             }
             error.push_back((float)(std::sqrt(off) * (kind == 3 ? 1000 : 1) + std::sqrt(size) * 5e-4));
         }
-        head.weight.data = head.halves.data();
+        if (kind < 4) head.weight.data = head.halves.data();
         const float table[2] = {1, 0};
         const lk_layer none{};
         lk_decoder_args args{};
@@ -483,6 +512,7 @@ static void likeliest(lk_handle *handle, lk_dtype dtype) {
         args.head = head.weight, args.cos = args.sin = table, args.positions = args.blocks = 1;
         args.block_size = 1;
         if (kind) args.screen = screen.weight, args.screen_error = error.data();
+        args.activation_bits = 8;
         lk_decoder *decoder;
         CHECK(lk_decoder_create(handle, &args, &decoder) == LK_OK);
         for (int64_t rows : {1, 3, 4, 9, 70})
@@ -502,7 +532,8 @@ static void likeliest(lk_handle *handle, lk_dtype dtype) {
                         const double logit = product(head, x.data(), n, &size);
                         most = std::max(most, logit), found = n == tokens[(size_t)r] ? logit : found;
                     }
-                    CHECK(found >= most - (dtype == LK_BFLOAT16 ? 1. / 256 : 1e-5) * size);
+                    const bool rounded = kind == 4 ? rows > 4 : dtype == LK_BFLOAT16; // activations, to 8 bits or so
+                    CHECK(found >= most - (rounded ? 1. / 256 : 1e-5) * size);
                     const float *own = logits.data() + r * VOCAB; // the same head, whose activations may have been rounded
                     CHECK(own[tokens[(size_t)r]] >= *std::max_element(own, own + VOCAB) - 1e-5 * size);
                     if (kind == 2) CHECK(tokens[(size_t)r] == 0); // the first of equals
@@ -590,6 +621,9 @@ static void coarse_head(lk_handle *handle, lk_weight_format format, int64_t grou
             other[(size_t)(rows / 2 * in + in / 3)] = lost;
             List<float> found((size_t)(rows * out));
             CHECK(lk_decoder_head(decoder, rows, other.data(), found.data()) == LK_OK);
+            for (int64_t i = 0; i < rows * out; i++) CHECK(std::isfinite(found[(size_t)i]) == (i / out != rows / 2));
+            linear.x = other.data(), linear.out = found.data(), linear.activation_bits = 8; // with no norm before it
+            CHECK(lk_linear(handle, &linear, nullptr) == LK_OK);
             for (int64_t i = 0; i < rows * out; i++) CHECK(std::isfinite(found[(size_t)i]) == (i / out != rows / 2));
         }
     }
