@@ -532,8 +532,9 @@ static void likeliest(lk_handle *handle, lk_dtype dtype) {
                         const double logit = product(head, x.data(), n, &size);
                         most = std::max(most, logit), found = n == tokens[(size_t)r] ? logit : found;
                     }
-                    const bool rounded = kind == 4 ? rows > 4 : dtype == LK_BFLOAT16; // activations, to 8 bits or so
-                    CHECK(found >= most - (rounded ? 1. / 256 : 1e-5) * size);
+                    // Activations of 8 bits are off by up to most / 254, where their mean size is some most / 3: twice that.
+                    const double off = kind == 4 ? (rows > 4 ? 1. / 32 : 1e-5) : dtype == LK_BFLOAT16 ? 1. / 256 : 1e-5;
+                    CHECK(found >= most - off * size);
                     const float *own = logits.data() + r * VOCAB; // the same head, whose activations may have been rounded
                     CHECK(own[tokens[(size_t)r]] >= *std::max_element(own, own + VOCAB) - 1e-5 * size);
                     if (kind == 2) CHECK(tokens[(size_t)r] == 0); // the first of equals
@@ -591,6 +592,7 @@ static void coarse_head(lk_handle *handle, lk_weight_format format, int64_t grou
         linear.activation_bits = 4;
         CHECK(lk_linear(handle, &linear, nullptr) == LK_INVALID_ARGUMENT);
         for (int bits : {8, 16}) { // values that are hardly there
+            if (exact) continue;
             const List<float> none((size_t)(rows * in), 1e-39f);
             linear.x = none.data(), linear.activation_bits = bits;
             CHECK(lk_linear(handle, &linear, nullptr) == LK_OK);
@@ -622,6 +624,7 @@ static void coarse_head(lk_handle *handle, lk_weight_format format, int64_t grou
             List<float> found((size_t)(rows * out));
             CHECK(lk_decoder_head(decoder, rows, other.data(), found.data()) == LK_OK);
             for (int64_t i = 0; i < rows * out; i++) CHECK(std::isfinite(found[(size_t)i]) == (i / out != rows / 2));
+            if (exact) continue;
             linear.x = other.data(), linear.out = found.data(), linear.activation_bits = 8; // with no norm before it
             CHECK(lk_linear(handle, &linear, nullptr) == LK_OK);
             for (int64_t i = 0; i < rows * out; i++) CHECK(std::isfinite(found[(size_t)i]) == (i / out != rows / 2));
@@ -774,7 +777,8 @@ int main(int count, char **words) {
             for (int64_t out : {1, 16, 47, 300})
                 for (int64_t in : {1, 60, 128, 700, 2200}) { // of groups of 256 more than are looked at together
                     if (in > 500 && rows * out > 3000) continue;
-                    if (in > 1000 && rows > 8) continue;
+                    if (in > 1000 && (rows > 8 || out != 47)) continue;
+                    if (rows == 45 && out < 47) continue;
                     coarse_head(handle, LK_WEIGHT_INT8, 128, rows, out, in);
                     for (int64_t group : {64, 128, 256}) coarse_head(handle, LK_WEIGHT_INT4, group, rows, out, in);
                 }
