@@ -9,6 +9,24 @@ namespace {
 // Values below are nothing where they become integers: the inverse of their scale would have no number.
 constexpr float SMALLEST = 1e-30f;
 
+INLINE float largest_of(const float *x, int64_t count) {
+    vf most = {};
+    for (int64_t i = 0; i < count; i += L) most = larger(most, magnitude(load<vf>(x + i)));
+    return largest(most);
+}
+
+// `run` values, each beside the one `apart` values further on, times `inverse` as bytes; their sum.
+INLINE vf put_bytes(const float *x, int64_t apart, int64_t run, float inverse, int8_t *bytes) {
+    vf added = {};
+    for (int64_t i = 0; i < run; i += L, bytes += 2 * L) {
+        const vf low = nearest(load<vf>(x + i) * inverse), high = nearest(load<vf>(x + apart + i) * inverse);
+        added += low + high; // integers, small enough to be exact
+        const vi words = (__builtin_convertvector(low, vi) & 255) | __builtin_convertvector(high, vi) << 8;
+        store(bytes, __builtin_convertvector(words, vs));
+    }
+    return added;
+}
+
 constexpr int64_t CHUNK = 128; // values that are looked at together where a whole row is not at hand
 
 // Sum of (x - mean)^power over a row, power 1 or 2, without a copy of a row of halves.

@@ -19,9 +19,8 @@ constexpr int64_t words_of(int64_t plane) { return L == 16 && plane % 32 == 0 ? 
 // A group of values as integers of 16 bits, in the order in which the weight's words have their codes: what meets some
 // words, `planes` runs of neighbours, lies together.
 void encode(const float *x, int64_t count, int64_t planes, int16_t *codes, float *scale, float *total) {
-    vf most = {}, added = {};
-    for (int64_t i = 0; i < count; i += L) most = larger(most, magnitude(load<vf>(x + i)));
-    const float size = largest(most), inverse = size > SMALLEST ? 32767.f / size : 0;
+    vf added = {};
+    const float size = largest_of(x, count), inverse = size > SMALLEST ? 32767.f / size : 0;
     const int64_t plane = count / planes, words = words_of(plane);
     for (int64_t j = 0; j < plane; j += words)
         for (int64_t p = 0; p < planes; p++, codes += words)
@@ -40,21 +39,15 @@ constexpr bool TAKES_BYTES = true;
 // The same as integers of 8 bits, in the order of the weight's bytes: of those that meet some words first what meets the
 // lower halves of their bytes.
 void encode_in_bytes(const float *x, int64_t count, int8_t *bytes, float *scale, float *total) {
-    vf most = {}, added = {};
-    for (int64_t i = 0; i < count; i += L) most = larger(most, magnitude(load<vf>(x + i)));
-    const float size = largest(most), inverse = size > SMALLEST ? 127.f / size : 0;
+    const float size = largest_of(x, count), inverse = size > SMALLEST ? 127.f / size : 0;
     const int64_t plane = count / 4, words = words_of(plane);
+    vf added = {};
     for (int64_t j = 0; j < plane; j += words)
-        for (int64_t p = 0; p < 2; p++)
-            for (int64_t i = 0; i < words; i += L, bytes += 2 * L) {
-                const float *at = x + p * plane + j + i;
-                const vf low = nearest(load<vf>(at) * inverse), high = nearest(load<vf>(at + 2 * plane) * inverse);
-                added += low + high; // integers, small enough to be exact
-                const vi pairs = (__builtin_convertvector(low, vi) & 255) | __builtin_convertvector(high, vi) << 8;
-                store(bytes, __builtin_convertvector(pairs, vs));
-            }
-    *scale = size / 127.f + sum(added) * 0.f; // a NaN stays one
-    *total = sum(added) * *scale;
+        for (int64_t p = 0; p < 2; p++, bytes += 2 * words)
+            added += put_bytes(x + p * plane + j, 2 * plane, words, inverse, bytes);
+    const float codes = sum(added);
+    *scale = size / 127.f + codes * 0.f; // a NaN stays one
+    *total = codes * *scale;
 }
 #else
 constexpr bool TAKES_BYTES = false;

@@ -36,14 +36,8 @@ INLINE void encode_bytes(const float *x, int64_t plane, int8_t *bytes, float *sc
     for (int p = 0; p < PLANES; p++)
         for (int64_t j = 0; j < RUN_OF; j += L) most = larger(most, magnitude(load<vf>(x + p * plane + j)));
     const float size = largest(most), inverse = size > SMALLEST ? 127.f / size : 0;
-    for (int p = 0; p < PLANES / 2; p++)
-        for (int64_t j = 0; j < RUN_OF; j += L, bytes += 2 * L) {
-            const float *at = x + p * plane + j;
-            const vf low = nearest(load<vf>(at) * inverse), high = nearest(load<vf>(at + PLANES / 2 * plane) * inverse);
-            added += low + high; // integers, small enough to be exact
-            const vi words = (__builtin_convertvector(low, vi) & 255) | __builtin_convertvector(high, vi) << 8;
-            store(bytes, __builtin_convertvector(words, vs));
-        }
+    for (int p = 0; p < PLANES / 2; p++, bytes += 2 * RUN_OF)
+        added += put_bytes(x + p * plane, PLANES / 2 * plane, RUN_OF, inverse, bytes);
     *sum_of_codes = sum(added);
     *scale = size / 127.f + *sum_of_codes * 0.f; // a NaN stays one
 }
