@@ -112,14 +112,15 @@ INLINE void meet_bytes(const uint8_t *w, int64_t next, const int8_t *x, int64_t 
     using Words = typename Wide<WORDS>::Words;
     typename Wide<WORDS>::ByteSums sums[M][N] = {};
     for (int step = 0; step < STEPS; step++, w += 2 * WORDS, x += 4 * WORDS) {
-        Words words[N];
-        for (int i = 0; i < N; i++) words[i] = load<Words>(w + i * next);
-        for (int half = 0; half < 2; half++)
-            for (int i = 0; i < N; i++) {
-                const Words codes = words[i] >> 4 * half & (uint16_t)0x0f0f;
+        for (int i = 0; i < N; i++) {
+            Words words = load<Words>(w + i * next);
+            asm("" : "+v"(words)); // or each half would load it, and loads are what a core has fewest of
+            for (int half = 0; half < 2; half++) {
+                const Words codes = words >> 4 * half & (uint16_t)0x0f0f;
                 for (int m = 0; m < M; m++)
                     sums[m][i] = add_bytes(sums[m][i], codes, load<Words>(x + m * stride + 2 * WORDS * half));
             }
+        }
     }
     for (int m = 0; m < M; m++)
         for (int i = 0; i < N; i++) total[m][i] = added_up(sums[m][i]);
