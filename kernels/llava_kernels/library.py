@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +240,12 @@ class Handle:
         args.dtype, args.rows, args.weight = DTYPES[dtype], rows, weight
         args.x, args.x_stride, args.out = x.data_ptr(), x.stride(0), out.data_ptr()
         args.bias, args.gelu = None if bias is None else bias.data_ptr(), gelu
-        self.check(self.linear_call(args)())
+        self.run_linear(args)
         return out
 
-    def linear_call(self, args: LinearArgs) -> Callable[[], int]:
-        """The same with arguments that were made before, about 15 us less a call; it returns a status for ``check``."""
-        return partial(self.library.lk_linear, self._handle, byref(args), None)
+    def run_linear(self, args: LinearArgs) -> None:
+        """The same with arguments that were made before: about 15 us less a call."""
+        self.check(self.library.lk_linear(self._handle, byref(args), None))
 
     def sample(self, args: Structure) -> None:
         """args: llava_kernels.native_sample.SampleArgs."""

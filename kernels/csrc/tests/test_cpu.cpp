@@ -647,7 +647,6 @@ static void coarse_head(lk_handle *handle, lk_weight_format format, int64_t grou
     lk_decoder_destroy(decoder);
 }
 
-// Many short calls on several handles at once: helpers fall asleep, wake and are let go.
 // A head that sees rounded activations, by which another of its two tokens is the likelier: the screen must know.
 static void rounded_screen(lk_handle *handle) {
     constexpr int64_t THIRD = 64, WIDTH = 3 * THIRD, PADDED = 256, BLOCK = 128;
@@ -684,6 +683,7 @@ static void rounded_screen(lk_handle *handle) {
     lk_decoder_destroy(decoder);
 }
 
+// Many short calls on several handles at once: helpers fall asleep, wake and are let go.
 static void many_calls() {
     List<std::thread> callers;
     for (int caller = 0; caller < 3; caller++)
