@@ -63,6 +63,9 @@ measured(lambda: save_model(model, Path(written)))
 del model
 model = measured(lambda: load_model(Path(written)))
 """
+# glibc maps large weights at first; once it has seen some freed it keeps such in its heap, up to 20 MB. Held to mapping
+# them, so that what is measured is what the program holds.
+WEIGHTS_MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(512 << 10)}
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 
 
@@ -119,13 +122,13 @@ def test_quantizing_takes_the_quantized_model_and_one_weight(models: Path, tmp_p
     """And 10 MB of mapped pages, which the full model is far above. Writing takes one weight alone."""
     plain = models / "plain"
     paths = map(str, (plain, tmp_path / "written", models / "small"))
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE_QUANTIZED, *paths, kind], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", MEASURE_QUANTIZED, *paths, kind]
+    environment = {**os.environ, **WEIGHTS_MAPPED}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     quantizing, held, size, saving, _, reading, held_again = map(int, done.stdout.split())
     print(f"{kind}: {size} bytes; quantizing {quantizing}, saving {saving}, reading {reading} of {held_again}")
     full = (plain / "model.safetensors").stat().st_size
     assert size < {"int8": 0.56, "fp8": 0.56, "int4": 0.36}[kind] * full
     for peak, total in ((quantizing, held), (reading, held_again)):
-        assert 0.7 * size < total and peak < size + 35e6 < 0.8 * full
-    assert saving < 35e6
+        assert 0.7 * size < total and peak < size + 25e6 < 0.8 * full
+    assert saving < 25e6
