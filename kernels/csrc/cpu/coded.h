@@ -1,6 +1,9 @@
-// Weights of 8 and 4 bits, in the layout of quantized_linear.py, that meet activations as integers of 16 bits, or of 8
-// (IN_BYTES: few activations, with weights of 4 bits): sums are integers throughout a group.
+// Weights of 8 and 4 bits, in the layout of quantized_linear.py, that meet activations as integers of 16 bits; those of 4
+// bits also as such of 8 (IN_BYTES, a few rows), and one row of 16 bits as two bytes a value (IN_HALVES). Sums are integers
+// throughout a group.
 #pragma once
+
+#include <type_traits>
 
 #include "activations.h"
 #include "isa.h"
@@ -16,11 +19,13 @@ using lk::Panel;
 // Words of a weight of 8 or 4 bits that are looked at together: as many as a vector has, if its planes are so long.
 constexpr int64_t words_of(int64_t plane) { return L == 16 && plane % 32 == 0 ? 32 : 16; }
 
+constexpr float MOST_OF_16 = 127 * 256 + 127; // of a value's 16 bits: the upper 8, rounded, are no more than 127
+
 // A group of values as integers of 16 bits, in the order in which the weight's words have their codes: what meets some
 // words, `planes` runs of neighbours, lies together.
 void encode(const float *x, int64_t count, int64_t planes, int16_t *codes, float *scale, float *total) {
     vf added = {};
-    const float size = largest_of(x, count), inverse = size > SMALLEST ? 32767.f / size : 0;
+    const float size = largest_of(x, count), inverse = size > SMALLEST ? MOST_OF_16 / size : 0;
     const int64_t plane = count / planes, words = words_of(plane);
     for (int64_t j = 0; j < plane; j += words)
         for (int64_t p = 0; p < planes; p++, codes += words)
@@ -29,12 +34,33 @@ void encode(const float *x, int64_t count, int64_t planes, int16_t *codes, float
                 added += whole; // integers, small enough to be exact
                 store(codes + i, __builtin_convertvector(__builtin_convertvector(whole, vi), vs));
             }
-    *scale = size / 32767.f;
+    *scale = size / MOST_OF_16;
     *total = sum(added) * *scale;
 }
 
 #if defined(__AVX2__)
 constexpr bool TAKES_BYTES = true;
+
+// What encode makes for a weight of 4 bits, as 256 times a byte plus a byte (two's complement both) in the order of the
+// weight's bytes: of those that meet some words first what meets the lower halves of their bytes, its upper bytes first.
+void encode_in_halves(const float *x, int64_t count, int8_t *bytes, float *scale, float *total) {
+    const float size = largest_of(x, count), inverse = size > SMALLEST ? MOST_OF_16 / size : 0;
+    const int64_t plane = count / 4, words = words_of(plane);
+    vf added = {};
+    for (int64_t j = 0; j < plane; j += words)
+        for (int64_t p = 0; p < 2; p++, bytes += 4 * words)
+            for (int64_t i = 0; i < words; i += L) {
+                const float *from = x + p * plane + j + i;
+                const vf even = nearest(load<vf>(from) * inverse), odd = nearest(load<vf>(from + 2 * plane) * inverse);
+                added += even + odd; // integers, small enough to be exact
+                const vi a = __builtin_convertvector(even, vi), b = __builtin_convertvector(odd, vi);
+                const vi upper = ((a + 128) >> 8 & 255) | ((b + 128) & ~255), lower = (a & 255) | b << 8;
+                store(bytes + 2 * i, __builtin_convertvector(upper, vs));
+                store(bytes + 2 * (words + i), __builtin_convertvector(lower, vs));
+            }
+    *scale = size / MOST_OF_16;
+    *total = sum(added) * *scale;
+}
 
 // The same as integers of 8 bits, in the order of the weight's bytes: of those that meet some words first what meets the
 // lower halves of their bytes.
@@ -54,6 +80,10 @@ constexpr bool TAKES_BYTES = false;
 #endif
 
 // ---- products
+
+struct Halves { // of 16 bits: IN_HALVES
+    int8_t of_some[2];
+};
 
 typedef uint32_t u8 __attribute__((vector_size(32)));
 
@@ -127,6 +157,29 @@ INLINE void meet_bytes(const uint8_t *w, int64_t next, const int8_t *x, int64_t 
 }
 #endif
 
+#if defined(__AVX2__)
+// The same with one row of x as halves and a weight of 4 bits. Sums fit 16 bits: 8 * 2 * 15 * 128 < 2^15. Two thirds of the
+// instructions of meet_words. One feature after the other: sums of several would fill the registers.
+template <int WORDS, int STEPS, int N>
+INLINE void meet_halves(const uint8_t *w, int64_t next, const int8_t *x, typename Wide<WORDS>::Sums (&total)[1][N]) {
+    using Words = typename Wide<WORDS>::Words;
+    for (int i = 0; i < N; i++) {
+        typename Wide<WORDS>::ByteSums upper = {}, lower = {};
+        for (int step = 0; step < STEPS; step++) {
+            Words words = load<Words>(w + i * next + 2 * WORDS * step);
+            asm("" : "+v"(words)); // as above
+            for (int half = 0; half < 2; half++) {
+                const Words codes = words >> 4 * half & (uint16_t)0x0f0f;
+                const int8_t *values = x + 4 * WORDS * (2 * step + half);
+                upper = add_bytes(upper, codes, load<Words>(values));
+                lower = add_bytes(lower, codes, load<Words>(values + 2 * WORDS));
+            }
+        }
+        total[0][i] = joined(upper, lower);
+    }
+}
+#endif
+
 // Rows of the weight that stay in the second cache while tiles of x pass by.
 constexpr int64_t NEAR = 64;
 
@@ -176,7 +229,9 @@ void coded_tiles(const lk_weight &weight, const uint32_t *pairs, int64_t n, int6
                 for (int i = 0; BITS == 4 && i < N; i++)
                     for (int64_t line = 0; line < SIZE / 2; line += 64) __builtin_prefetch(w + i * next + AHEAD + line);
                 Sums total[M][N] = {};
-                if constexpr (sizeof(Code) == 1)
+                if constexpr (std::is_same_v<Code, Halves>)
+                    meet_halves<WORDS, STEPS, N>(w, next, (const int8_t *)x, total);
+                else if constexpr (sizeof(Code) == 1)
                     meet_bytes<WORDS, STEPS, M, N>(w, next, x, panel.stride, total);
                 else
                     meet_words<BITS, WORDS, STEPS, M, N>(w, next, x, panel.stride, total);
@@ -213,11 +268,14 @@ void coded_products(const lk_weight &weight, const uint32_t *pairs, const Panel 
     const int64_t wide = rows == 1 ? 4 : 2, run = count / wide; // runs as in few_rows
     for (int64_t n = 0; n < run; n += NEAR) {
         const int64_t some = least(NEAR, run - n);
-        int64_t m = 0;
-        for (; m + 4 <= rows; m += 4) multiply(coded_tiles<Code, BITS, WORDS, SIZE, 4, 2>, m, n, run, some);
-        for (; m + 2 <= rows; m += 2) multiply(coded_tiles<Code, BITS, WORDS, SIZE, 2, 2>, m, n, run, some);
-        if (m < rows && wide == 4) multiply(coded_tiles<Code, BITS, WORDS, SIZE, 1, 4>, m, n, run, some);
-        if (m < rows && wide == 2) multiply(coded_tiles<Code, BITS, WORDS, SIZE, 1, 2>, m, n, run, some);
+        if (rows == 1) {
+            multiply(coded_tiles<Code, BITS, WORDS, SIZE, 1, 4>, 0, n, run, some);
+        } else if constexpr (!std::is_same_v<Code, Halves>) {
+            int64_t m = 0;
+            for (; m + 4 <= rows; m += 4) multiply(coded_tiles<Code, BITS, WORDS, SIZE, 4, 2>, m, n, run, some);
+            for (; m + 2 <= rows; m += 2) multiply(coded_tiles<Code, BITS, WORDS, SIZE, 2, 2>, m, n, run, some);
+            if (m < rows) multiply(coded_tiles<Code, BITS, WORDS, SIZE, 1, 2>, m, n, run, some);
+        }
     }
     for (int64_t n = wide * run; n < count; n++)
         for (int64_t m = 0; m < rows; m++) multiply(coded_tiles<Code, BITS, WORDS, SIZE, 1, 1>, m, n, 1, 1);

@@ -23,6 +23,7 @@ enum Layout {
     IN_TILES,     // bfloat16, (rows / 16, K / 2, 16, 2): what tiles of weights meet
     IN_PAIRS,     // bfloat16, (rows, K): pairs of neighbours meet pairs of a weight
     IN_BYTES,     // 8 bits, (rows, K), those of a group in the order of a weight's bytes of two codes of 4 bits
+    IN_HALVES,    // 16 bits of one row, (K, 2 bytes), the upper and the lower ones in the order of IN_BYTES in turn
     IN_QUADS,     // 8 bits, (rows / lanes, K / 4, lanes, 4): quads of values meet quads of a weight's codes
 };
 
@@ -39,7 +40,7 @@ struct Panel {
     };
     union {
         int16_t *codes; // quantised weights: value = scale * code, those of a group in the order of the weight's words
-        int8_t *bytes;  // the same, IN_BYTES and IN_QUADS
+        int8_t *bytes;  // the same, IN_BYTES, IN_HALVES and IN_QUADS
     };
     float *scale;       // (rows, totals); IN_QUADS: (rows / lanes, groups, lanes)
     union {
@@ -191,7 +192,7 @@ struct Isa {
     int64_t quad_rows, half_quad_rows;
     // Up to so many rows a weight's compact form is met in place of it: for more, taking it apart costs more; 0: never.
     int64_t compact_rows;
-    bool takes_bytes; // fewer activations that may be rounded to 8 bits are, before weights of 4: IN_BYTES
+    bool takes_bytes; // before weights of 4 bits: fewer activations that may be rounded to 8 are, one that may not IN_HALVES
     bool rounds(bool half) const { return half && tile_rows < NEVER; } // what meets weights of bfloat16
 
     // Rows first..last-1 of the panel; side by side: first is a multiple of the lanes, in tiles of 16.

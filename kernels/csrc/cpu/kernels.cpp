@@ -78,6 +78,8 @@ void prepare(const lk_weight &weight, const Source &source, int64_t first, int64
 #if defined(__AVX2__)
             if (panel.layout == lk::IN_BYTES)
                 encode_in_bytes(values + g * group, group, panel.bytes + at, scale + g, total + g);
+            else if (panel.layout == lk::IN_HALVES)
+                encode_in_halves(values + g * group, group, panel.bytes + 2 * at, scale + g, total + g);
             else
 #endif
                 encode(values + g * group, group, weight.format == LK_WEIGHT_INT8 ? 2 : 4, panel.codes + at, scale + g, total + g);
@@ -404,6 +406,8 @@ void products(const lk_weight &weight, const Panel &panel, int64_t first_row, in
 #if defined(__AVX2__)
         if (panel.layout == lk::IN_BYTES)
             return int4_products<int8_t>(weight, panel, first_row, rows, first, count, out, out_stride, add);
+        if (panel.layout == lk::IN_HALVES)
+            return int4_products<Halves>(weight, panel, first_row, rows, first, count, out, out_stride, add);
 #endif
         return int4_products<int16_t>(weight, panel, first_row, rows, first, count, out, out_stride, add);
     }

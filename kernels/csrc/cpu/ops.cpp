@@ -166,6 +166,7 @@ const lk::Panel &PanelBuffer::fit(const lk::Isa &isa, const lk_weight &weight, i
                    : rounded && rows >= (coded ? isa.coded_tile_rows : isa.tile_rows) ? lk::IN_TILES
                    : rounded && !coded                                              ? lk::IN_PAIRS
                    : weight.format == LK_WEIGHT_INT4 && source.coarse && isa.takes_bytes ? lk::IN_BYTES
+                   : weight.format == LK_WEIGHT_INT4 && rows == 1 && isa.takes_bytes   ? lk::IN_HALVES
                    : !coded && rows >= lk::MANY_ROWS && rows >= isa.lanes ? lk::SIDE_BY_SIDE
                                                                           : lk::BY_ROW;
     if (panel.layout == lk::IN_QUADS) panel.groups = panel.stride / lk::QUAD_BLOCK;

@@ -206,7 +206,7 @@ INLINE i16 multiply_add(i16 total, h32 a, h32 b) {
 #endif
 
 // sums + products of neighbouring bytes, those of a without a sign: of four in 32 bits, or of two in 16, which must hold
-// them; and what such sums come to in 32 bits.
+// them; what such sums come to in 32 bits, and what 256 times some and others do.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #define LK_VNNI
 typedef i8 ByteSums16;
@@ -218,19 +218,23 @@ INLINE i8 add_bytes(i8 total, h16 a, h16 b) {
 #endif
 }
 INLINE i8 added_up(i8 sums) { return sums; }
+INLINE i8 joined(i8 upper, i8 lower) { return (upper << 8) + lower; }
 #if LK_LANES == 16
 typedef i16 ByteSums32;
 INLINE i16 add_bytes(i16 total, h32 a, h32 b) { return (i16)_mm512_dpbusd_epi32((__m512i)total, (__m512i)a, (__m512i)b); }
 INLINE i16 added_up(i16 sums) { return sums; }
+INLINE i16 joined(i16 upper, i16 lower) { return (upper << 8) + lower; }
 #endif
 #elif defined(__AVX2__)
 typedef h16 ByteSums16;
 INLINE h16 add_bytes(h16 total, h16 a, h16 b) { return total + (h16)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
 INLINE i8 added_up(h16 sums) { return multiply_add(i8{}, sums, 1 - h16{}); }
+INLINE i8 joined(h16 upper, h16 lower) { return multiply_add(added_up(lower), upper, 256 - h16{}); }
 #if LK_LANES == 16
 typedef h32 ByteSums32;
 INLINE h32 add_bytes(h32 total, h32 a, h32 b) { return total + (h32)_mm512_maddubs_epi16((__m512i)a, (__m512i)b); }
 INLINE i16 added_up(h32 sums) { return multiply_add(i16{}, sums, 1 - h32{}); }
+INLINE i16 joined(h32 upper, h32 lower) { return multiply_add(added_up(lower), upper, 256 - h32{}); }
 #endif
 #endif
 

@@ -733,8 +733,9 @@ static void cores_stay() {
 #endif
 }
 
-// The largest codes of 4 bits with the largest activations of 8: no sum on the way may overflow.
-static void largest_codes(lk_handle *handle, int64_t rows, int64_t group) {
+// The largest codes of 4 bits with the largest activations: no sum on the way may overflow. All but the first of a group are
+// `most` of that: those of 16 bits may be added up byte by byte, and the lower byte is largest elsewhere than the upper.
+static void largest_codes(lk_handle *handle, int64_t rows, int64_t group, int bits, float most) {
     constexpr int64_t OUT = 17, IN = 512;
     const List<uint8_t> codes(OUT * IN / 2, 0xff);
     const List<uint32_t> pairs(OUT * 8, 0x3f800000); // scale 1, offset 0
@@ -745,14 +746,17 @@ static void largest_codes(lk_handle *handle, int64_t rows, int64_t group) {
     args.width = IN, args.heads = args.kv_heads = 1, args.head_dim = 2, args.layer = &none, args.norm = norm.data();
     args.head.format = LK_WEIGHT_INT4, args.head.out_features = OUT, args.head.in_features = IN, args.head.data = codes.data();
     args.head.scale = scale.data(), args.head.group_pairs = pairs.data(), args.head.group_size = group;
-    args.cos = args.sin = table, args.positions = args.blocks = args.block_size = 1, args.activation_bits = 8;
+    args.cos = args.sin = table, args.positions = args.blocks = args.block_size = 1, args.activation_bits = bits;
     lk_decoder *decoder;
     CHECK(lk_decoder_create(handle, &args, &decoder) == LK_OK);
     for (float sign : {1.f, -1.f}) {
-        const List<float> hidden((size_t)(rows * IN), sign);
+        List<float> hidden((size_t)(rows * IN), sign * most);
+        for (size_t k = 0; k < hidden.size(); k += (size_t)group) hidden[k] = sign;
+        const double ones = (double)IN / (double)group, others = IN - ones;
+        const double norm_of_x = std::sqrt((ones + others * most * most) / IN); // the head divides by it
         List<float> logits((size_t)(rows * OUT));
         CHECK(lk_decoder_head(decoder, rows, hidden.data(), logits.data()) == LK_OK);
-        for (float y : logits) CHECK(std::fabs(y - sign * 15 * IN) < 1);
+        for (float y : logits) CHECK(std::fabs(y - sign * 15 * (ones + others * most) / norm_of_x) < 1);
     }
     lk_decoder_destroy(decoder);
 }
@@ -797,7 +801,10 @@ int main(int count, char **words) {
                     for (int64_t group : {64, 128, 256}) coarse_head(handle, LK_WEIGHT_INT4, group, rows, out, in);
                 }
         for (int64_t rows : {1, 2, 4, 33})
-            for (int64_t group : {64, 128, 256}) largest_codes(handle, rows, group);
+            for (int64_t group : {64, 128, 256}) {
+                for (int bits : {8, 16}) largest_codes(handle, rows, group, bits, 1.f);
+                for (float code : {126.5f * 256, 126.5f * 256 - 1}) largest_codes(handle, rows, group, 16, code / (127 * 257));
+            }
         not_compact(handle);
         decode(handle);
         go_on(handle);
