@@ -258,6 +258,12 @@ void coded_tiles(const lk_weight &weight, const uint32_t *pairs, int64_t n, int6
     }
 }
 
+// Asks for the first bytes of runs that are read side by side: the processor does not see ahead in them yet.
+INLINE void ask_for_starts(const void *first, int64_t runs, int64_t apart, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64)
+        for (int64_t i = 0; i < runs; i++) __builtin_prefetch((const char *)first + i * apart + line);
+}
+
 template <class Code, int BITS, int WORDS, int SIZE>
 void coded_products(const lk_weight &weight, const uint32_t *pairs, const Panel &panel, int64_t row, int64_t rows,
                     int64_t first, int64_t count, float *out, int64_t stride, bool add) {
@@ -266,6 +272,11 @@ void coded_products(const lk_weight &weight, const uint32_t *pairs, const Panel 
               out + m * stride + n, stride, add);
     };
     const int64_t wide = rows == 1 ? 4 : 2, run = count / wide; // runs as in few_rows
+    if (BITS == 4) {
+        const int64_t bytes = panel.stride * BITS / 8;
+        ask_for_starts((const uint8_t *)weight.data + first * bytes, wide, run * bytes, 512);
+        ask_for_starts(pairs, wide, run * panel.totals * sizeof(uint32_t), 256);
+    }
     for (int64_t n = 0; n < run; n += NEAR) {
         const int64_t some = least(NEAR, run - n);
         if (rows == 1) {
