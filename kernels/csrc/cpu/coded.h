@@ -279,6 +279,7 @@ void coded_products(const lk_weight &weight, const uint32_t *pairs, const Panel 
     }
     for (int64_t n = 0; n < run; n += NEAR) {
         const int64_t some = least(NEAR, run - n);
+        ask_for_starts(weight.scale + first + n, wide, run * sizeof(float), some * sizeof(float));
         if (rows == 1) {
             multiply(coded_tiles<Code, BITS, WORDS, SIZE, 1, 4>, 0, n, run, some);
         } else if constexpr (!std::is_same_v<Code, Halves>) {
