@@ -158,7 +158,7 @@ INLINE void meet_bytes(const uint8_t *w, int64_t next, const int8_t *x, int64_t 
 #endif
 
 #if defined(__AVX2__)
-// The same with one row of x as halves and a weight of 4 bits. Sums fit 16 bits: 8 * 2 * 15 * 128 < 2^15. Two thirds of the
+// The same with one row of x as halves and a weight of 4 bits. Sums fit 16 bits: 8 * 2 * 15 * 128 < 2^15. Three quarters of the
 // instructions of meet_words. One feature after the other: sums of several would fill the registers.
 template <int WORDS, int STEPS, int N>
 INLINE void meet_halves(const uint8_t *w, int64_t next, const int8_t *x, typename Wide<WORDS>::Sums (&total)[1][N]) {
