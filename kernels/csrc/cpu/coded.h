@@ -155,9 +155,7 @@ INLINE void meet_bytes(const uint8_t *w, int64_t next, const int8_t *x, int64_t 
     for (int m = 0; m < M; m++)
         for (int i = 0; i < N; i++) total[m][i] = added_up(sums[m][i]);
 }
-#endif
 
-#if defined(__AVX2__)
 // The same with one row of x as halves and a weight of 4 bits. Sums fit 16 bits: 8 * 2 * 15 * 128 < 2^15. Three quarters of the
 // instructions of meet_words. One feature after the other: sums of several would fill the registers.
 template <int WORDS, int STEPS, int N>
