@@ -178,6 +178,9 @@ INLINE void meet_halves(const uint8_t *w, int64_t next, const int8_t *x, typenam
 }
 #endif
 
+// Bytes of a run of the weight that are asked for before they are met: into the first cache.
+constexpr int64_t CODES_AHEAD = L == 16 ? 256 : 512;
+
 // Rows of the weight that stay in the second cache while tiles of x pass by.
 constexpr int64_t NEAR = 64;
 
@@ -203,7 +206,6 @@ void coded_tiles(const lk_weight &weight, const uint32_t *pairs, int64_t n, int6
     using Sums = typename Wide<WORDS>::Sums;
     using Floats = typename Wide<WORDS>::Floats;
     constexpr int STEPS = SIZE * BITS / (16 * WORDS);
-    constexpr int64_t AHEAD = WORDS == 32 ? 1024 : 512; // bytes: into the first cache
     const int64_t bytes = panel.stride * BITS / 8, next = apart * bytes, next_pairs = apart * panel.totals;
     const uint8_t *w = (const uint8_t *)weight.data + n * bytes;
     const float *own = panel.scale + row * panel.totals, *total_of_x = panel.total + row * panel.totals;
@@ -225,7 +227,7 @@ void coded_tiles(const lk_weight &weight, const uint32_t *pairs, int64_t n, int6
             }
             for (int64_t g = from; g < end; g++, w += SIZE * BITS / 8, x += SIZE) {
                 for (int i = 0; BITS == 4 && i < N; i++)
-                    for (int64_t line = 0; line < SIZE / 2; line += 64) __builtin_prefetch(w + i * next + AHEAD + line);
+                    for (int64_t line = 0; line < SIZE / 2; line += 64) __builtin_prefetch(w + i * next + CODES_AHEAD + line);
                 Sums total[M][N] = {};
                 if constexpr (std::is_same_v<Code, Halves>)
                     meet_halves<WORDS, STEPS, N>(w, next, (const int8_t *)x, total);
@@ -272,7 +274,7 @@ void coded_products(const lk_weight &weight, const uint32_t *pairs, const Panel 
     const int64_t wide = rows == 1 ? 4 : 2, run = count / wide; // runs as in few_rows
     if (BITS == 4) {
         const int64_t bytes = panel.stride * BITS / 8;
-        ask_for_starts((const uint8_t *)weight.data + first * bytes, wide, run * bytes, 512);
+        ask_for_starts((const uint8_t *)weight.data + first * bytes, wide, run * bytes, CODES_AHEAD);
         ask_for_starts(pairs, wide, run * panel.totals * sizeof(uint32_t), 256);
     }
     for (int64_t n = 0; n < run; n += NEAR) {
