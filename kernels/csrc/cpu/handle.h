@@ -95,13 +95,14 @@ const Panel &prepare(lk_cpu &cpu, PanelBuffer &buffer, const lk_weight &weight, 
 // Features that parts of a product have a multiple of: whole squares, or what the other kernels take at a time.
 inline int64_t unit_of(const Panel &panel, int64_t unit) { return panel.in_squares() ? 32 : unit; }
 
-// Where the next of a product's parts begins: large ones first, so that rows of a weight are read in long runs,
-// small ones at the end, so that no thread waits long for the last.
-inline int64_t next_part(int64_t first, int64_t features, int64_t threads, int64_t unit) {
+// Where the next of a product's parts begins: large ones first, so that rows of a weight are read in long runs, small ones at
+// the end, so that no thread waits long for the last. One row takes as long as its weight takes to come out of memory, which
+// each beginning of a part holds up: every thread gets most of its share at once.
+inline int64_t next_part(int64_t first, int64_t features, int64_t rows, int64_t threads, int64_t unit) {
     if (threads == 1) return features;
-    const int64_t share = cdiv(3 * (features - first), 4 * threads), smallest = cdiv(features, 16 * threads);
-    const int64_t next = first + cdiv(share > smallest ? share : smallest, unit) * unit;
-    return next < features ? next : features;
+    const int64_t smallest = cdiv(features, 16 * threads), even = cdiv(9 * features, 10 * threads * unit) * unit;
+    const int64_t share = rows > 1 ? cdiv(3 * (features - first), 4 * threads) : first < threads * even ? even : 0;
+    return std::min(first + cdiv(std::max(share, smallest), unit) * unit, features);
 }
 
 // Calls body(first_row, rows, first, count, thread) for parts of a (rows, features) product that together cover it.
@@ -112,11 +113,11 @@ void share_product(lk_cpu &cpu, int64_t rows, int64_t features, int64_t unit, F 
     const int64_t threads = cpu.pool->threads(), blocks = cdiv(rows, ROW_BLOCK), wanted = cdiv(8 * threads * unit, features);
     const int64_t shares = threads == 1 ? 1 : std::min(wanted, blocks); // of the rows
     int64_t parts = 0;
-    for (int64_t first = 0; first < features; parts++) first = next_part(first, features, threads, unit);
+    for (int64_t first = 0; first < features; parts++) first = next_part(first, features, rows, threads, unit);
     cpu.pool->each(parts * shares, [&](int64_t task, int thread) { // the pool begins with the last task
         int64_t first = 0;
-        for (int64_t i = parts - 1; i > task / shares; i--) first = next_part(first, features, threads, unit);
-        const int64_t count = next_part(first, features, threads, unit) - first, share = task % shares;
+        for (int64_t i = parts - 1; i > task / shares; i--) first = next_part(first, features, rows, threads, unit);
+        const int64_t count = next_part(first, features, rows, threads, unit) - first, share = task % shares;
         const int64_t end = std::min((share + 1) * blocks / shares * ROW_BLOCK, rows);
         for (int64_t row = share * blocks / shares * ROW_BLOCK; row < end; row += ROW_BLOCK)
             body(row, std::min(ROW_BLOCK, end - row), first, count, thread);
