@@ -34,37 +34,40 @@ struct lk_decoder {
 
 namespace {
 
-// Some heads' rows of the QKV product: multiplied, turned, and stored where they belong.
+// One head's part of a token's QKV, turned and put where it belongs.
+void place_head(const lk_decoder &decoder, const lk_cpu &cpu, const lk_layer &layer, const lk_step_args &step, int64_t token,
+                int64_t head, float *x, float *q) {
+    const lk_decoder_args &args = decoder.args;
+    const int64_t dim = args.head_dim, at = step.positions[token] * dim / 2, slot = step.slots[token];
+    const bool query = head < args.heads, key = !query && head < args.heads + args.kv_heads;
+    if (query || key) cpu.isa->turn(x, dim, args.cos + at, args.sin + at);
+    if (query) {
+        std::memcpy(q + (token * args.heads + head) * dim, x, dim * sizeof(float));
+    } else if (slot >= 0) {
+        const int64_t kv_head = head - args.heads - (key ? 0 : args.kv_heads);
+        const int64_t to = slot / args.block_size * args.cache_block_stride +
+                           slot % args.block_size * args.cache_token_stride + kv_head * args.cache_head_stride;
+        char *cache = static_cast<char *>(key ? layer.k_cache : layer.v_cache);
+        cpu.isa->from_float(args.cache_dtype, x, cache + to * size_of(args.cache_dtype), dim);
+    }
+}
+
+// The QKV product, each head's part of which the task that has multiplied it puts where it belongs.
 void project_heads(lk_decoder &decoder, lk_cpu &cpu, const lk_layer &layer, const Panel &panel, const lk_step_args &step,
                    float *q) {
-    const lk_decoder_args &args = decoder.args;
-    const int64_t dim = args.head_dim, heads = decoder.group_heads(), size = size_of(args.cache_dtype);
+    const int64_t dim = decoder.args.head_dim, heads = decoder.group_heads();
     constexpr int64_t ROOM = ROW_BLOCK * MAX_HEAD_DIM;
     float *scratch = decoder.scratch.at_least(ROOM * cpu.pool->threads());
-    const int64_t blocks = cdiv(step.tokens, ROW_BLOCK), most = ROOM / (std::min(step.tokens, ROW_BLOCK) * dim);
-    const int64_t together = std::clamp(heads * blocks / (4 * cpu.pool->threads()), int64_t{1}, most);
-    cpu.pool->each(blocks * cdiv(heads, together), [&](int64_t task, int thread) {
-        const int64_t begin = task / blocks * together, end = std::min(begin + together, heads);
-        const int64_t first = task % blocks * ROW_BLOCK, rows = std::min(step.tokens - first, ROW_BLOCK);
-        const int64_t width = (end - begin) * dim;
+    share_product(cpu, step.tokens, heads * dim, dim, [&](int64_t first, int64_t rows, int64_t begin, int64_t count, int thread) {
         float *some = scratch + thread * ROOM;
-        cpu.isa->products(layer.qkv, panel, first, rows, begin * dim, width, some, width, false);
-        for (int64_t t = first; t < first + rows; t++)
-            for (int64_t head = begin; head < end; head++) {
-                const bool query = head < args.heads, key = !query && head < args.heads + args.kv_heads;
-                float *x = some + (t - first) * width + (head - begin) * dim;
-                const int64_t at = step.positions[t] * dim / 2, slot = step.slots[t];
-                if (query || key) cpu.isa->turn(x, dim, args.cos + at, args.sin + at);
-                if (query) {
-                    std::memcpy(q + t * args.heads * dim + head * dim, x, dim * sizeof(float));
-                } else if (slot >= 0) {
-                    const int64_t kv_head = head - args.heads - (key ? 0 : args.kv_heads);
-                    const int64_t to = slot / args.block_size * args.cache_block_stride +
-                                       slot % args.block_size * args.cache_token_stride + kv_head * args.cache_head_stride;
-                    void *cache = key ? layer.k_cache : layer.v_cache;
-                    cpu.isa->from_float(args.cache_dtype, x, static_cast<char *>(cache) + to * size, dim);
-                }
-            }
+        const int64_t part = ROOM / (rows * dim) * dim; // whole heads, as many as there is room for
+        for (int64_t n = begin; n < begin + count; n += part) {
+            const int64_t width = std::min(part, begin + count - n);
+            cpu.isa->products(layer.qkv, panel, first, rows, n, width, some, width, false);
+            for (int64_t t = first; t < first + rows; t++)
+                for (int64_t i = 0; i < width; i += dim)
+                    place_head(decoder, cpu, layer, step, t, (n + i) / dim, some + (t - first) * width + i, q);
+        }
     });
 }
 
@@ -237,7 +240,7 @@ const Best &better(const Best &a, const Best &b) {
 
 // The likeliest token of every row, without memory for all logits.
 void likeliest_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const float *hidden, int64_t *tokens) {
-    constexpr int64_t PART = 256; // features, whose logits stay near
+    constexpr int64_t PART = 256; // features at least, whose logits stay near
     const lk_weight &head = decoder.args.head;
     const int64_t threads = cpu.pool->threads();
     const Panel &panel = prepare(cpu, decoder.panel, head, head_source(decoder, hidden, rows), rows);
@@ -247,13 +250,14 @@ void likeliest_tokens(lk_decoder &decoder, lk_cpu &cpu, int64_t rows, const floa
     share_product(cpu, rows, head.out_features, unit_of(panel, 12),
                   [&](int64_t row, int64_t count, int64_t first, int64_t features, int thread) {
         float *logits = scratch + thread * ROW_BLOCK * PART;
-        for (int64_t n = first; n < first + features; n += PART) {
-            const int64_t some = std::min(PART, first + features - n);
-            cpu.isa->products(head, panel, row, count, n, some, logits, PART, false);
+        const int64_t part = PART * (ROW_BLOCK / count); // as many as there is room for
+        for (int64_t n = first; n < first + features; n += part) {
+            const int64_t some = std::min(part, first + features - n);
+            cpu.isa->products(head, panel, row, count, n, some, logits, part, false);
             for (int64_t m = 0; m < count; m++) {
                 Best &best = bests[thread * rows + row + m];
-                const int64_t at = cpu.isa->likeliest(some, logits + m * PART);
-                best = better(best, {logits[m * PART + at], n + at});
+                const int64_t at = cpu.isa->likeliest(some, logits + m * part);
+                best = better(best, {logits[m * part + at], n + at});
             }
         }
     });
