@@ -97,12 +97,14 @@ inline int64_t unit_of(const Panel &panel, int64_t unit) { return panel.in_squar
 
 // Where the next of a product's parts begins: large ones first, so that rows of a weight are read in long runs, small ones at
 // the end, so that no thread waits long for the last. One row takes as long as its weight takes to come out of memory, which
-// each beginning of a part holds up: every thread gets most of its share at once.
+// each beginning of a part holds up: every thread gets nine tenths of its share at once, and then the rest.
 inline int64_t next_part(int64_t first, int64_t features, int64_t rows, int64_t threads, int64_t unit) {
     if (threads == 1) return features;
-    const int64_t smallest = cdiv(features, 16 * threads), even = cdiv(9 * features, 10 * threads * unit) * unit;
-    const int64_t share = rows > 1 ? cdiv(3 * (features - first), 4 * threads) : first < threads * even ? even : 0;
-    return std::min(first + cdiv(std::max(share, smallest), unit) * unit, features);
+    const int64_t even = cdiv(9 * features, 10 * threads * unit) * unit;
+    const int64_t share = rows > 1 ? std::max(cdiv(3 * (features - first), 4 * threads), cdiv(features, 16 * threads))
+                          : first < threads * even ? even
+                                                   : cdiv(features - threads * even, threads);
+    return std::min(first + cdiv(share, unit) * unit, features);
 }
 
 // Calls body(first_row, rows, first, count, thread) for parts of a (rows, features) product that together cover it.
