@@ -15,6 +15,8 @@ constexpr int64_t TOKENS = 16;      // keys that few queries weigh at a time
 constexpr int64_t STEP = L == 16 ? 8 : 4; // those of one head that they meet at a time: their sums fill registers
 constexpr int64_t RUN = 2 * L;      // dimensions that they meet at a time
 constexpr int64_t LEAD = 12 << 10;  // bytes that the cache is asked for ahead of its use
+constexpr int INTO = L == 16 ? 2 : 3; // where those go: the second cache, or the first. Zen 4, which can wait for fewer lines
+                                      // in the first than memory has on their way, reads 30% faster into the second
 
 // Where the tokens of a tile lie in the cache, in elements.
 struct Tile {
@@ -259,7 +261,7 @@ struct LookAhead {
     INLINE void ask(int64_t lines) {
         while (lines > 0 && token < task.end) {
             const int64_t some = least(lines, (end - from + 63) / 64);
-            for (int64_t i = 0; i < some; i++) __builtin_prefetch(from + 64 * i);
+            for (int64_t i = 0; i < some; i++) __builtin_prefetch(from + 64 * i, 0, INTO);
             from += 64 * some, lines -= some;
             if (from >= end) next_row();
         }
