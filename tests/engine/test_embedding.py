@@ -141,7 +141,8 @@ def test_a_thousand_opened_and_cancelled_leave_nothing(pair):
 
         def cycles(count: int) -> None:
             for number in range(count):
-                request = ask(5 + number % 300, tokens=40, image=image if number % 10 == 0 else None, timeout=1000.0)
+                # 400 tokens, so that none is through before its cancellation arrives
+                request = ask(5 + number % 300, tokens=400, image=image if number % 10 == 0 else None, timeout=1000.0)
                 handle = engine.submit(request)
                 if rng.random() < 0.3:
                     next(iter(handle))
