@@ -150,10 +150,11 @@ def test_a_thousand_opened_and_cancelled_leave_nothing(pair):
             del handle
             assert engine.generate([ask()])[0].error is None  # by now everything before has been taken in
 
-        cycles(100)
-        objects = fewest_alive(Handle, Job, Sequence)
         tracemalloc.start()
         try:
+            engine.generate([ask(n, tokens=400) for n in range(5, 105)])  # the prefix cache is as large as it gets
+            cycles(100)
+            objects = fewest_alive(Handle, Job, Sequence)
             before = tracemalloc.get_traced_memory()[0]
             cycles(1000)
             assert fewest_alive(Handle, Job, Sequence) <= objects
